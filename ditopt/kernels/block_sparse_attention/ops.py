@@ -1,0 +1,79 @@
+"""``torch.ops.ditopt.block_sparse_attention``: schema, fake implementation and lazy device dispatch.
+
+CPU runs `reference`, CUDA runs `triton` (imported on the first launch, so this module needs no
+Triton). The output has q's shape and dtype and always lies in memory as [B, N_q, H, D]: what follows
+attention in a DiT is ``out.transpose(1, 2).flatten(2)``, which is then free. The fake says the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_SCHEMA = (
+    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, "
+    "Tensor kv_indices, int block_q, int block_k, float scale) -> Tensor"
+)
+_library = torch.library.Library("ditopt", "FRAGMENT")
+_library.define(_SCHEMA)
+
+
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """Uninitialised output [B, H, N_q, D] that lies in memory as [B, N_q, H, D]."""
+    batch, heads, n_q, _ = q.shape
+    return q.new_empty(batch, n_q, heads, v.shape[-1]).transpose(1, 2)
+
+
+def _cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Tensor:
+    out = empty_output(q, v)
+    return out.copy_(
+        reference.block_sparse_attention(
+            q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale
+        )
+    )
+
+
+def _cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Tensor:
+    from . import triton  # Triton is imported on the first launch only
+
+    return triton.block_sparse_attention(
+        q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale
+    )
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Tensor:
+    return empty_output(q, v)
+
+
+_library.impl("block_sparse_attention", _cpu, "CPU")
+_library.impl("block_sparse_attention", _cuda, "CUDA")
+torch.library.register_fake("ditopt::block_sparse_attention", _fake, lib=_library)
