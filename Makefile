@@ -1,0 +1,71 @@
+# Every target does its own set-up: it creates ./.venv, or reuses it, and installs the pinned versions.
+# Needed beforehand: Python 3.11 or 3.12, make and a C++ compiler. Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell command -v $(name))))
+BIN := .venv/bin
+READY := .venv/.ditopt-ready
+# PyPI's torch for Linux carries CUDA libraries of some GB; a machine without a GPU takes the CPU build
+# where it can be had. Only torch itself is looked up there, and an index out of reach costs a warning.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+FAST := not (slow or gpu or zoo or browser)
+
+.PHONY: help setup demo test test-zoo test-slow test-gpu lint format docs bench clean
+
+help:
+	@echo "make demo      profile, plan and bench the embedded model; ends with a table and a picture"
+	@echo "make test      lint, types and every test that two CPU cores run in minutes"
+	@echo "make test-zoo  every published architecture, compiled; about an hour"
+	@echo "make test-slow / test-gpu   the tests that test leaves out"
+	@echo "make lint      ruff, ruff format and mypy only"
+	@echo "make format    let ruff rewrite the files"
+	@echo "make docs      write the generated pages of docs/ and the README's table anew"
+	@echo "make bench     record this machine's numbers of the embedded model in benchmarks/results/"
+
+setup: $(READY)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or 3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "ditopt needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	@command -v c++ g++ clang++ >/dev/null || { echo "a C++ compiler is needed: install g++"; exit 1; }
+	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet --no-deps --retries 0 --timeout 20 \
+	  --constraint constraints.txt --extra-index-url $(CPU_INDEX) torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/ditopt demo
+
+test: lint
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "$(FAST)"
+
+test-zoo: $(READY)
+	$(BIN)/python -m pytest -q -m "zoo"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m "slow and not (gpu or browser)"
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -q -m "gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(BIN)/python -m ditopt.config > docs/env_vars.md
+
+bench: $(READY)
+	$(BIN)/ditopt demo --json benchmarks/results/demo_$$($(BIN)/python -c \
+	  'import torch; print("cuda" if torch.cuda.is_available() else "cpu")').json
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
