@@ -1,0 +1,34 @@
+"""Static attention patterns of heads, and the block lists that execute them.
+
+Every pattern is a set of (query, key) token pairs, rounded up to blocks: a block is kept if the set
+holds any of its pairs, and a kept block is kept whole. Text tokens are kept as keys of every query
+and, as queries, attend to everything; `skip` alone keeps nothing at all.
+"""
+
+from ditopt.patterns.blocks import block_lists, block_mask, density
+from ditopt.patterns.candidates import candidates
+from ditopt.patterns.kinds import (
+    Band,
+    Dense,
+    HeadPattern,
+    MultiDiagonal,
+    Skip,
+    Stripe,
+    Unit,
+    Window,
+)
+
+__all__ = [
+    "Band",
+    "Dense",
+    "HeadPattern",
+    "MultiDiagonal",
+    "Skip",
+    "Stripe",
+    "Unit",
+    "Window",
+    "block_lists",
+    "block_mask",
+    "candidates",
+    "density",
+]
