@@ -143,11 +143,8 @@ def load_pipeline(path: str) -> tuple[Any, list[dict[str, Any]]]:
         raise BackendUnavailable(
             "diffusers is not installed", remedy="Run: pip install 'ditopt[diffusers]'"
         ) from error
-    cuda = torch.cuda.is_available()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            path, torch_dtype=torch.bfloat16 if cuda else torch.float32, local_files_only=True
-        )
+        pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise WorkloadError(f"cannot load the pipeline at {path!r}: {error}") from error
     accepted = inspect.signature(pipe.__call__).parameters
@@ -160,4 +157,6 @@ def load_pipeline(path: str) -> tuple[Any, list[dict[str, Any]]]:
             f"{type(pipe).__name__} takes neither 'prompt' nor 'class_labels'",
             remedy="Write a Python file with a function workload() that gives its calls.",
         )
-    return (pipe.to("cuda") if cuda else pipe), calls
+    if torch.cuda.is_available():
+        pipe.to("cuda", torch.bfloat16)
+    return pipe, calls
