@@ -23,8 +23,8 @@ class TokenLayout:
         text_after: the same after it.
     """
 
-    # A plan file holds a layout: unknown keys and numbers written as text are refused there.
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    # Plan files hold layouts, and unknown keys are refused there.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     frames: int
     height: int

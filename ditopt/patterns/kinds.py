@@ -59,7 +59,7 @@ class Stripe(_Pattern):
     """Reference keys for all queries, and the neighbourhood: vertical stripes of the attention map.
 
     Keeps the keys of every `every`-th unit from the first on (the attention sink), and keys at
-    most `reach` units away. Efficient-vDiT's frame tiles (2502.06155); Sparse-vDiT's vertical stripe.
+    most `reach` units away. Efficient-vDiT's frame tiles (2502.06155), Sparse-vDiT's stripes.
 
     Attributes:
         unit: frames, or rows counted through all frames.

@@ -81,7 +81,7 @@ patterns = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(patterns, layouts, st.integers(1, 40), st.integers(1, 40))
 def test_masks_are_the_token_sets_rounded_up(
     pattern: HeadPattern, layout: TokenLayout, block_q: int, block_k: int

@@ -1,0 +1,31 @@
+"""The plan: data that names every choice, readable by people and checked before it is used."""
+
+from ditopt.plan.plan import Plan
+from ditopt.plan.schema import (
+    Block,
+    Cache,
+    Goal,
+    Hardware,
+    ModelRecord,
+    Phase,
+    Predicted,
+    Sampler,
+    SideFile,
+    SiteRecord,
+    Verification,
+)
+
+__all__ = [
+    "Block",
+    "Cache",
+    "Goal",
+    "Hardware",
+    "ModelRecord",
+    "Phase",
+    "Plan",
+    "Predicted",
+    "Sampler",
+    "SideFile",
+    "SiteRecord",
+    "Verification",
+]

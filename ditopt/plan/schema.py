@@ -1,0 +1,230 @@
+"""The parts of a plan, version 1: types, units and the checks that one part can make alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from ditopt.errors import PlanError
+from ditopt.patterns import HeadPattern
+
+SUM_TOLERANCE = 1e-4
+"""How far from 1 a row of forecast coefficients may sum: rounding, and room for a hand edit."""
+
+
+_NUMBERED = re.compile(r"(\D*)(\d*)")
+
+
+def _rounded(value: float) -> float:
+    """Nine significant digits: every float32 survives, and last bits do not change the text."""
+    return float(f"{value:.9g}")
+
+
+Float = Annotated[float, AfterValidator(_rounded), Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Index = Annotated[int, Field(ge=0, le=1 << 31)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[\w\-][\w\-. ]{0,200}\.safetensors$")]
+
+
+def _by_call(rows: dict[int, tuple[float, ...]]) -> dict[int, tuple[float, ...]]:
+    return dict(sorted(rows.items()))
+
+
+def _by_site(rules: dict[str, tuple[HeadPattern, ...]]) -> dict[str, tuple[HeadPattern, ...]]:
+    """In natural order, `blocks.2` before `blocks.10`: equal rules give equal text."""
+    return dict(sorted(rules.items(), key=lambda rule: (_natural(rule[0]), rule[0])))
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    return [(text, int(number or -1)) for text, number in _NUMBERED.findall(name)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiteRecord(_Part):
+    """An attention site of the profiled model.
+
+    Attributes:
+        id: stable id, module path and ordinal (`blocks.3.attn1#0`).
+        kind: self, cross or joint (image and text in one sequence).
+        heads: query heads.
+        head_dim: size D of one head.
+    """
+
+    id: Text
+    kind: Literal["self", "cross", "joint"]
+    heads: Count
+    head_dim: Count
+
+
+class ModelRecord(_Part):
+    """The model a plan belongs to.
+
+    Attributes:
+        architecture: sha256 over parameter names, shapes and dtypes.
+        weights: sha256 over the values.
+        name: the model's class, for people.
+        sites: every attention site in execution order.
+    """
+
+    architecture: Sha256
+    weights: Sha256
+    name: Text
+    sites: tuple[SiteRecord, ...]
+
+
+class Sampler(_Part):
+    """The denoising loop, as seen from the model's calls.
+
+    Attributes:
+        calls: calls of the model in one loop, per guidance branch.
+        branches: guidance branches that call the model separately; 1 where they are one batch.
+        timestep: name of the model input that carries the timestep, or null.
+        timesteps: its value at each call; empty without such an input.
+        varying: names of the inputs that change from call to call, the timestep among them.
+    """
+
+    calls: Count
+    branches: Count = 1
+    timestep: Text | None = None
+    timesteps: tuple[Float, ...] = ()
+    varying: tuple[Text, ...] = ()
+
+
+class Hardware(_Part):
+    """Where the costs were measured."""
+
+    device: Text
+    name: Text
+    torch: Text
+    threads: Count
+
+
+class Goal(_Part):
+    """What was asked for; exactly one of the two.
+
+    Attributes:
+        min_psnr_db: mean over seeds of the PSNR against the dense result, in dB.
+        target_speedup: time of one dense sampling loop over the plan's.
+    """
+
+    min_psnr_db: PositiveFloat | None = None
+    target_speedup: Annotated[Float, Field(gt=1)] | None = None
+
+    def model_post_init(self, context: object) -> None:
+        """Refuse no goal and two goals."""
+        if (self.min_psnr_db is None) == (self.target_speedup is None):
+            raise PlanError("goal: expected exactly one of min_psnr_db and target_speedup")
+
+    def __str__(self) -> str:
+        if self.min_psnr_db is not None:
+            return f"PSNR >= {self.min_psnr_db:g} dB"
+        return f"speedup >= {self.target_speedup:g}x"
+
+
+class Block(_Part):
+    """Tokens of one query block and of one key block."""
+
+    q: Count = 128
+    k: Count = 128
+
+
+class Phase(_Part):
+    """The choices for a range of calls.
+
+    Attributes:
+        calls: half-open range of the model's own call index, per guidance branch.
+        attention: for each site that is not dense, one pattern per head.
+    """
+
+    calls: tuple[Index, Index]
+    attention: Annotated[dict[Text, tuple[HeadPattern, ...]], AfterValidator(_by_site)] = {}
+
+
+class Cache(_Part):
+    """Which calls run the block stack, and how the others are forecast.
+
+    Attributes:
+        full: ascending call indices that compute everything; the first call is one.
+        history: largest number of stored residuals.
+        coefficients: for each other call one coefficient per stored residual, newest first, sum 1.
+    """
+
+    full: Annotated[tuple[Index, ...], Field(min_length=1)]
+    history: Annotated[int, Field(ge=1, le=8)] = 1
+    coefficients: Annotated[dict[Index, tuple[Float, ...]], AfterValidator(_by_call)] = {}
+
+    def model_post_init(self, context: object) -> None:
+        """Check the order of `full` and each row of `coefficients`."""
+        if self.full[0] != 0 or any(a >= b for a, b in zip(self.full, self.full[1:], strict=False)):
+            raise PlanError("cache.full: expected ascending call indices from 0")
+        for call, row in self.coefficients.items():
+            self._check_row(call, row)
+
+    def _check_row(self, call: int, row: tuple[float, ...]) -> None:
+        field = f"cache.coefficients[{call}]"
+        if call in self.full:
+            raise PlanError(f"{field}: call {call} is full; drop it from one of the two lists")
+        stored = min(self.history, sum(full < call for full in self.full))
+        if not 1 <= len(row) <= stored:
+            raise PlanError(
+                f"{field}: expected 1 to {stored} numbers, one per stored residual, got {len(row)}"
+            )
+        if abs(sum(row) - 1) > SUM_TOLERANCE:
+            raise PlanError(
+                f"{field}: expected a sum of 1 (a constant must stay one), got {sum(row):g}"
+            )
+
+
+class Predicted(_Part):
+    """What the search expects of one sampling loop, from the profile.
+
+    Attributes:
+        seconds: time of the loop.
+        speedup: dense time over it.
+        psnr_db: PSNR against the dense result; null for a plan without any approximation.
+        density: kept fraction of attention blocks in the last phase, mean over heads and sites.
+    """
+
+    seconds: PositiveFloat
+    speedup: PositiveFloat
+    psnr_db: Float | None
+    density: Annotated[Float, Field(ge=0, le=1)]
+
+
+class Verification(_Part):
+    """One measurement by full sampling.
+
+    Attributes:
+        purpose: `tune` (the search looked at it) or `audit` (fresh seeds; the only quality claim).
+        seeds: the seeds that were sampled.
+        psnr_db: PSNR against dense for each seed.
+        mean_psnr_db: their mean, which a PSNR goal is about.
+        speedup: dense time over the plan's time; null where it was not measured.
+        margin_db: how far above the goal the search aimed.
+        passed: whether the goal was met.
+        adopted: whether it is about this very plan, not about one tried before it.
+    """
+
+    purpose: Literal["tune", "audit"]
+    seeds: Annotated[tuple[Index, ...], Field(min_length=1)]
+    psnr_db: Annotated[tuple[Float, ...], Field(min_length=1)]
+    mean_psnr_db: Float
+    speedup: PositiveFloat | None = None
+    margin_db: Float = 0.0
+    passed: bool
+    adopted: bool
+
+
+class SideFile(_Part):
+    """A safetensors file beside the plan."""
+
+    name: FileName
+    sha256: Sha256
