@@ -1,0 +1,29 @@
+"""The step runtime: sampling runs, schedules, forecasts, stored residuals, counters."""
+
+from ditopt.runtime.counters import Artifact, Counters, count, invalidate, stats
+from ditopt.runtime.doubts import Doubt
+from ditopt.runtime.forecast import forecast
+from ditopt.runtime.inputs import InputRoles
+from ditopt.runtime.memory import cache_bytes
+from ditopt.runtime.runner import Programs, StepRuntime
+from ditopt.runtime.schedule import StepSchedule
+from ditopt.runtime.session import SessionError, session
+from ditopt.runtime.tracker import TrajectoryTracker
+
+__all__ = [
+    "Artifact",
+    "Counters",
+    "Doubt",
+    "InputRoles",
+    "Programs",
+    "SessionError",
+    "StepRuntime",
+    "StepSchedule",
+    "TrajectoryTracker",
+    "cache_bytes",
+    "count",
+    "forecast",
+    "invalidate",
+    "session",
+    "stats",
+]

@@ -1,0 +1,160 @@
+"""Counters of what really ran, and the registry through which a model finds its artefacts."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# One lock for all counters: an increment is read, add, write, and requests may run in threads.
+_lock = threading.Lock()
+
+
+@dataclass
+class Counters:
+    """How often one compiled callable took each path.
+
+    Attributes:
+        calls: completed calls.
+        full: calls that ran the block stack.
+        skipped: calls that forecast it.
+        doubts: calls in full compute though the plan says otherwise, by reason.
+        kernels: kernel launches by name, as told to `count`.
+    """
+
+    calls: int = 0
+    full: int = 0
+    skipped: int = 0
+    doubts: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
+
+    def ran(self, *, skipped: bool, doubt: str | None = None) -> None:
+        """Count one completed call."""
+        with _lock:
+            self.calls += 1
+            if skipped:
+                self.skipped += 1
+            else:
+                self.full += 1
+            if doubt is not None:
+                self.doubts[doubt] += 1
+
+
+class _Active(threading.local):
+    counters: Counters | None = None
+
+
+_active = _Active()
+
+
+def activate(counters: Counters | None) -> Counters | None:
+    """Make `count` count into `counters` in this thread; returns what was there, to put back."""
+    outer, _active.counters = _active.counters, counters
+    return outer
+
+
+def count(kernel_name: str) -> None:
+    """Count one launch of a kernel for the compiled callable that is running in this thread.
+
+    Outside any compiled callable nothing is counted: there is no model to count it for.
+    """
+    counters = _active.counters
+    if counters is not None:
+        with _lock:
+            counters.kernels[kernel_name] += 1
+
+
+class Artifact:
+    """One compiled callable as `stats` and `invalidate` see it.
+
+    Args:
+        parameters: tensors of the model that it was compiled from, held weakly.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
+        self.counters = Counters()
+        self._parameters: dict[int, weakref.ref[Tensor]] = {}
+        self._callbacks: list[Callable[[], None]] = []
+        self.own(parameters)
+        _artifacts.add(self)
+
+    def own(self, parameters: Iterable[Tensor]) -> None:
+        """Add parameters; a callable may learn its real ones only when it is first called."""
+        self._parameters.update((id(p), weakref.ref(p)) for p in parameters)
+
+    def owns(self, parameters: Mapping[int, Tensor]) -> bool:
+        """Whether it was compiled from any of these tensors, given by id."""
+        common = self._parameters.keys() & parameters.keys()
+        # An id may have been taken over by a new tensor, hence the reference.
+        return any(self._parameters[key]() is parameters[key] for key in common)
+
+    def on_invalidate(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the model's weights are declared changed."""
+        self._callbacks.append(callback)
+
+    def invalidate(self) -> None:
+        """Drop caches and mark derived weights stale."""
+        for callback in self._callbacks:
+            callback()
+
+
+_artifacts: weakref.WeakSet[Artifact] = weakref.WeakSet()
+
+
+def stats(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What ran, summed over everything that was compiled from the model.
+
+    Args:
+        model: a module, what `torch.compile` made of it, or a mapping of names to modules.
+
+    Returns:
+        `calls`, `full_steps`, `skipped_steps` (numbers of calls of the model), `doubts` (reason to
+        number of calls), `kernels` (name to number of launches) and `compiled` (how many compiled
+        callables were found).
+    """
+    total = Counters()
+    found = _artifacts_of(model)
+    with _lock:
+        for counters in (artifact.counters for artifact in found):
+            total.calls += counters.calls
+            total.full += counters.full
+            total.skipped += counters.skipped
+            total.doubts.update(counters.doubts)
+            total.kernels.update(counters.kernels)
+    return {
+        "calls": total.calls,
+        "full_steps": total.full,
+        "skipped_steps": total.skipped,
+        "doubts": {str(reason): n for reason, n in total.doubts.items()},
+        "kernels": dict(total.kernels),
+        "compiled": len(found),
+    }
+
+
+def invalidate(model: nn.Module | Mapping[str, nn.Module]) -> None:
+    """Declare that the model's weights changed: stored residuals and derived weights are dropped.
+
+    Needed only after changes that leave no trace on a tensor, such as `parameter.data.add_(...)`.
+
+    Args:
+        model: as for `stats`.
+    """
+    for artifact in _artifacts_of(model):
+        artifact.invalidate()
+
+
+def _artifacts_of(model: nn.Module | Mapping[str, nn.Module]) -> list[Artifact]:
+    modules = model.values() if isinstance(model, Mapping) else (model,)
+    parameters = {
+        id(tensor): tensor
+        for module in modules
+        for tensors in (module.parameters(), module.buffers())
+        for tensor in tensors
+    }
+    return [artifact for artifact in tuple(_artifacts) if artifact.owns(parameters)]

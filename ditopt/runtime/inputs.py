@@ -1,0 +1,139 @@
+"""What the arguments of a compiled denoiser mean to a sampling run, and how they are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# Weights that are looked at in each call. A LoRA merge or a reload touches every layer, so a few
+# spread over the model notice it; `ditopt.invalidate` is for changes that leave these alone.
+_PROBED_WEIGHTS = 8
+
+
+@dataclass(frozen=True)
+class InputRoles:
+    """Argument positions of one compiled callable by their role in the denoising loop.
+
+    Attributes:
+        timestep: position of the timestep, a number or a tensor; None when there is none.
+        varying: tensors with new values at each call (latents, ControlNet residuals).
+        invariant: tensors and numbers that stay the same over one run (prompt, positions).
+        weights: parameters and buffers.
+    """
+
+    timestep: int | None = None
+    varying: tuple[int, ...] = ()
+    invariant: tuple[int, ...] = ()
+    weights: tuple[int, ...] = ()
+
+    @classmethod
+    def from_names(
+        cls, names: Sequence[str | None], *, timestep: str | None, varying: Collection[str]
+    ) -> InputRoles:
+        """Roles from argument names, None for weights; whatever is not named varying is invariant.
+
+        The timestep may be listed among the varying inputs.
+        """
+        users = [(i, name) for i, name in enumerate(names) if name is not None]
+        return cls(
+            timestep=next((i for i, name in users if name == timestep), None),
+            varying=tuple(i for i, name in users if name in varying and name != timestep),
+            invariant=tuple(i for i, name in users if name not in varying and name != timestep),
+            weights=tuple(i for i, name in enumerate(names) if name is None),
+        )
+
+    @property
+    def probed(self) -> tuple[int, ...]:
+        """At most eight positions of weights, evenly spread."""
+        stride = -(-len(self.weights) // _PROBED_WEIGHTS) or 1
+        return self.weights[::stride]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells one branch of one run from another, without reading a tensor's values.
+
+    Attributes:
+        shapes: shape and dtype of each varying, then of each invariant tensor.
+        views: storage, address and stride of each invariant tensor; numbers by value.
+        versions: in-place modification counter of each invariant tensor, or None when one of them
+            is an inference tensor, which carries no counter.
+        weights: address and modification counter of the probed weights.
+    """
+
+    shapes: tuple[Any, ...]
+    views: tuple[Any, ...]
+    versions: tuple[int, ...] | None
+    weights: tuple[tuple[int, int], ...]
+
+
+def identify(inputs: Sequence[Any], roles: InputRoles, probed: Sequence[int]) -> Identity:
+    """The identity of a call, valid as long as `lease(inputs, roles)` is held."""
+    shapes: list[Any] = []
+    for position in roles.varying:
+        value = inputs[position]
+        shapes.append((value.shape, value.dtype) if isinstance(value, torch.Tensor) else value)
+    views: list[Any] = []
+    versions: list[int] | None = []  # None once an inference tensor is met
+    for position in roles.invariant:
+        value = inputs[position]
+        if not isinstance(value, torch.Tensor):
+            views.append(value)
+            continue
+        shapes.append((value.shape, value.dtype))
+        views.append((value.untyped_storage()._cdata, value.data_ptr(), value.stride()))
+        if value.is_inference():
+            versions = None
+        elif versions is not None:
+            versions.append(value._version)
+    weights = []
+    for position in probed:
+        value = inputs[position]
+        if isinstance(value, torch.Tensor) and not value.is_inference():
+            weights.append((value.data_ptr(), value._version))
+    return Identity(
+        tuple(shapes),
+        tuple(views),
+        None if versions is None else tuple(versions),
+        tuple(weights),
+    )
+
+
+def lease(inputs: Sequence[Any], roles: InputRoles) -> tuple[StorageWeakRef, ...]:
+    """Weak references to the invariant tensors' storages.
+
+    While one is held the storage's address is not given to another storage, so equal addresses mean
+    the same storage, however many view objects a pipeline makes of it. The memory is not kept.
+    """
+    values = (inputs[position] for position in roles.invariant)
+    return tuple(
+        StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
+        for value in values
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def on_host(timestep: Any) -> bool:
+    """Whether a timestep can be read without waiting for an accelerator."""
+    return timestep.is_cpu if isinstance(timestep, torch.Tensor) else True
+
+
+def read_timestep(timestep: Any) -> float | None:
+    """The one value of a timestep input, None when it holds several.
+
+    Tokens at timestep 0 are clean conditioning (the first frame in image-to-video models, which
+    take one timestep per token), so zeros beside another value do not count.
+    """
+    if not isinstance(timestep, torch.Tensor):
+        return float(timestep)
+    flat = timestep.detach().reshape(-1)
+    if flat.numel() > 64:
+        flat = flat.unique()  # type: ignore[no-untyped-call]
+    values = set(flat.tolist())
+    if len(values) > 1:
+        values.discard(0)
+    return float(values.pop()) if len(values) == 1 else None

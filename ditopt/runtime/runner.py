@@ -1,0 +1,195 @@
+"""`StepRuntime`: the callable that a backend returns; it owns the steps of the denoising loop.
+
+Dynamo sees one opaque function, so the branch between full and skipped steps costs no graph break
+and no recompilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ditopt.errors import PlanError
+from ditopt.runtime.counters import Artifact, activate
+from ditopt.runtime.doubts import Doubt
+from ditopt.runtime.forecast import forecast
+from ditopt.runtime.inputs import InputRoles
+
+if TYPE_CHECKING:
+    from ditopt.runtime.schedule import StepSchedule
+    from ditopt.runtime.tracker import Step, TrajectoryTracker
+
+Tensors = Sequence[Tensor]
+
+
+class Forecast(Protocol):
+    """`forecast.forecast` or a compiled form of it."""
+
+    def __call__(
+        self, base: Tensor | None, residuals: Sequence[Tensor], coefficients: Tensor
+    ) -> Tensor:
+        """`base + sum_j coefficients[j] * residuals[j]`."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A lowered model: three programs around its block stack.
+
+    Attributes:
+        head: inputs -> (carry, rest): what enters the block stack, and anything the others need.
+        body: (inputs, carry, rest, phase) -> outputs: the block stack, with the choices of a phase.
+            It must not write into `carry`.
+        tail: (inputs, outputs, rest) -> the model's result. It may write into `outputs`.
+        base: for each output of the body the index of the carried tensor that it is a residual of,
+            or None.
+        roles: what the inputs mean to a sampling run.
+    """
+
+    head: Callable[[Sequence[Any]], tuple[Tensors, Any]]
+    body: Callable[[Sequence[Any], Tensors, Any, int], Tensors]
+    tail: Callable[[Sequence[Any], Tensors, Any], Any]
+    base: tuple[int | None, ...]
+    roles: InputRoles = field(default_factory=InputRoles)
+
+
+class StepRuntime:
+    """Runs a model's programs, in full or with a forecast in the place of the block stack.
+
+    Args:
+        programs: the lowered model.
+        schedule: the plan's calls; None runs everything in full.
+        tracker: recognises sampling runs; shared by all runtimes of one model and plan. Required
+            when the schedule has skip calls or several phases.
+        forecast: replaces the eager forecast, for instance by its compiled form.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        schedule: StepSchedule | None = None,
+        tracker: TrajectoryTracker | None = None,
+        *,
+        forecast: Forecast = forecast,
+    ) -> None:
+        self.programs = programs
+        self.artifact = Artifact()
+        self.tracker = None
+        self._forecast = forecast
+        if schedule is None or schedule.trivial:
+            return
+        if tracker is None or tracker.schedule != schedule:
+            raise PlanError(
+                "the schedule needs a tracker of its own calls",
+                remedy="Make one TrajectoryTracker(schedule) for all runtimes of the model.",
+            )
+        self.tracker = tracker
+        self.artifact.on_invalidate(tracker.clear)
+        self._schedule = schedule
+        self._probed = programs.roles.probed
+        self._rows: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        """One call of the model, with the arguments of the captured graph in order."""
+        outer = activate(self.artifact.counters)
+        try:
+            if self.tracker is None:
+                return self._run_plain(inputs)
+            return self._run_step(self.tracker, inputs)
+        finally:
+            activate(outer)
+
+    def _run_plain(self, inputs: Sequence[Any]) -> Any:
+        programs = self.programs
+        carry, rest = programs.head(inputs)
+        result = programs.tail(inputs, programs.body(inputs, carry, rest, 0), rest)
+        self.artifact.counters.ran(skipped=False)
+        return result
+
+    def _run_step(self, tracker: TrajectoryTracker, inputs: Sequence[Any]) -> Any:
+        programs = self.programs
+        step = tracker.locate(inputs, programs.roles, self._probed, id(self))
+        stored: tuple[Tensor, ...] | None = None
+        try:
+            carry, rest = programs.head(inputs)
+            history, doubt = self._history(step)
+            outputs: Tensors
+            if history and step.call is not None:
+                outputs = self._forecast_outputs(step.call, carry, history)
+            else:
+                outputs, stored = self._full_outputs(step, inputs, carry, rest)
+            result = programs.tail(inputs, outputs, rest)
+        except BaseException:
+            tracker.abandon(step)
+            raise
+        self._keep(step, stored)
+        tracker.advance(step)
+        self.artifact.counters.ran(skipped=bool(history), doubt=doubt)
+        return result
+
+    def _history(self, step: Step) -> tuple[list[tuple[Tensor, ...]], Doubt | None]:
+        """What a skip call combines, newest first; empty for a full call, with the doubt if any."""
+        if step.call is None or step.branch is None:
+            return [], step.doubt
+        sources = self._schedule.sources[step.call]
+        if not sources:
+            return [], None
+        if step.doubt is not None:
+            return [], step.doubt
+        stored = step.branch.residuals
+        history = [stored[source] for source, _ in sources if source in stored]
+        return (history, None) if len(history) == len(sources) else ([], step.branch.gap)
+
+    def _forecast_outputs(
+        self, call: int, carry: Tensors, history: Sequence[tuple[Tensor, ...]]
+    ) -> Tensors:
+        outputs = []
+        for position, base in enumerate(self.programs.base):
+            residuals = [stored[position] for stored in history]
+            row = self._rows_like(residuals[0])[call]
+            outputs.append(self._forecast(None if base is None else carry[base], residuals, row))
+        return outputs
+
+    def _rows_like(self, residual: Tensor) -> list[Tensor]:
+        """[T] the rows of non-zero coefficients, on a residual's device, copied there once."""
+        key = (residual.device, torch.promote_types(residual.dtype, torch.float32))
+        rows = self._rows.get(key)
+        if rows is None:
+            weights = [[c for _, c in row] for row in self._schedule.sources]
+            flat = torch.tensor([c for row in weights for c in row], dtype=key[1]).to(key[0])
+            rows = self._rows[key] = list(flat.split_with_sizes([len(row) for row in weights]))
+        return rows
+
+    def _full_outputs(
+        self, step: Step, inputs: Sequence[Any], carry: Tensors, rest: Any
+    ) -> tuple[Tensors, tuple[Tensor, ...] | None]:
+        body, branch = self.programs.body, step.branch
+        if branch is None or step.doubt is not None or step.call not in self._schedule.last_use:
+            return body(inputs, carry, rest, step.phase), None
+        before = _versions(carry)
+        outputs = body(inputs, carry, rest, step.phase)
+        if _versions(carry) != before:
+            branch.drop_residuals(Doubt.CARRY_MUTATED)
+            return outputs, None
+        # New storage for each: the tail and later calls may write into the outputs.
+        return outputs, tuple(
+            output.clone() if base is None else output - carry[base]
+            for output, base in zip(outputs, self.programs.base, strict=True)
+        )
+
+    def _keep(self, step: Step, stored: tuple[Tensor, ...] | None) -> None:
+        """Store a full call's residual and let go of those that no later call reads."""
+        if step.branch is None or step.call is None:
+            return
+        residuals, last_use = step.branch.residuals, self._schedule.last_use
+        if stored is not None:
+            residuals[step.call] = stored
+        for source in [source for source in residuals if last_use[source] <= step.call]:
+            del residuals[source]
+
+
+def _versions(tensors: Tensors) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -1,0 +1,308 @@
+"""`TrajectoryTracker`: which sampling run, guidance branch and call a call of the model is."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ditopt.errors import DitoptWarning
+from ditopt.report import Decision
+from ditopt.runtime.doubts import Doubt
+from ditopt.runtime.inputs import InputRoles, identify, lease, on_host, read_timestep
+from ditopt.runtime.session import Session, current_session, on_session_end
+from ditopt.runtime.trajectory import Branch, Trajectory
+
+if TYPE_CHECKING:
+    from ditopt.runtime.schedule import StepSchedule
+
+# First key of runs that a session names; the others begin with a thread's number.
+_SESSION = "session"
+
+# Calls in a row that each look like a new run before the user is told that none is recognised.
+_STRANGERS_BEFORE_WARNING = 3
+
+
+@dataclass(slots=True)
+class Step:
+    """Where one call stands.
+
+    Attributes:
+        call: index within the plan's calls, None when it is not known.
+        phase: the plan's phase; phase 0, the careful one, when the call is not known for sure.
+        doubt: why stored residuals must neither be used nor written; None when they may.
+        branch: owner of the stored residuals; None when the call belongs to no known run.
+        run: the branch's sampling run.
+    """
+
+    call: int | None
+    phase: int
+    doubt: Doubt | None = None
+    branch: Branch | None = None
+    run: Trajectory | None = None
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A call before it is placed: `certain` says that its branch is known and not inferred."""
+
+    session: Session | None
+    name: Hashable
+    timestep: Any
+    new: bool
+    certain: bool
+
+
+class TrajectoryTracker:
+    """Recognises sampling runs and guidance branches of one model.
+
+    A branch is identified by its step-invariant tensors (storage, view and version). Outside a
+    session the timestep of each call must be the one that the plan expects next; any surprise means
+    full compute until one whole run has passed as planned. Inside `session(key)` calls are counted;
+    a timestep on an accelerator is then read only at a branch's first two calls (not at all with
+    `session(key, calls=T)`) and when a branch lags, comes back or appears in mid-run.
+
+    One tracker serves all compiled callables of a model, so that a change of batch size or
+    resolution in mid-run, which compiles another one, does not lose the position.
+
+    Args:
+        schedule: the plan's calls.
+        model: name for messages.
+        capacity: sampling runs kept at once, least recently used first to go. Outside a session
+            each guidance branch counts as a run.
+    """
+
+    def __init__(self, schedule: StepSchedule, *, model: str = "model", capacity: int = 16) -> None:
+        self.schedule = schedule
+        self.decisions: list[Decision] = []
+        self._model = model
+        self._capacity = capacity
+        self._runs: OrderedDict[Hashable, Trajectory] = OrderedDict()
+        self._lock = threading.Lock()
+        self._strangers = 0
+        self._told: set[str] = set()
+        on_session_end(self)
+
+    def locate(
+        self, inputs: Sequence[Any], roles: InputRoles, probed: Sequence[int], scope: Hashable
+    ) -> Step:
+        """Find a call's position. `advance` or `abandon` must follow.
+
+        Args:
+            inputs: the compiled callable's arguments.
+            roles: what they mean.
+            probed: `roles.probed`.
+            scope: identifies the compiled callable.
+        """
+        session = current_session()
+        seen = identify(inputs, roles, probed)
+        timestep = None
+        if roles.timestep is not None and self.schedule.timesteps is not None:
+            timestep = inputs[roles.timestep]
+        if session is None and seen.versions is None:
+            return self._unowned(timestep)
+        if session is None:
+            name: Hashable = (scope, seen.shapes, seen.views)
+            key: Hashable = (threading.get_ident(), name)
+        else:
+            name = (scope, seen.shapes, seen.views if session.branch is None else session.branch)
+            key = (_SESSION, session.key)
+        with self._lock:
+            run = self._run(key)
+            branch, certain = self._branch(run, name, session)
+            if branch is not None and branch.next == self.schedule.calls:
+                run.restart()  # the plan's calls are done: this is the first call of another run
+                branch = None
+            arrival = _Arrival(session, name, timestep, branch is None, certain)
+            if branch is None:
+                branch = run.branches[name] = Branch(seen, lease(inputs, roles))
+            elif branch.identity != seen:
+                if branch.identity.weights != seen.weights:
+                    branch.drop_residuals(Doubt.WEIGHTS_CHANGED)
+                elif certain and branch.identity.versions != seen.versions:
+                    branch.drop_residuals(Doubt.INPUTS_CHANGED)
+                branch.identity = seen
+            call = self._place(run, branch, arrival)
+            if session is None:
+                self._note_stranger(arrival.new, call)
+            # A restarted run is at the position it says; the other doubts leave the plan.
+            known = call if run.doubt in (None, Doubt.RESTARTED) else None
+            return Step(call, self.schedule.phase_of(known), run.doubt, branch, run)
+
+    def advance(self, step: Step) -> None:
+        """The call at `step` has succeeded."""
+        if step.branch is not None and step.run is not None and step.call is not None:
+            with self._lock:
+                step.run.advance(step.branch, step.call, self.schedule.calls)
+
+    def abandon(self, step: Step) -> None:
+        """The call at `step` has raised: nothing that its run has stored is used again."""
+        if step.branch is None or step.run is None:
+            return
+        with self._lock:
+            if step.run.doubt is not None:
+                step.branch.whole = False
+            else:
+                # Not `restart`: within a session the same call may be tried again in mid-run.
+                step.run.branches.clear()
+                step.run.leader = None
+
+    def forget(self, key: Hashable) -> None:
+        """Drop the run of a session's key."""
+        with self._lock:
+            self._runs.pop((_SESSION, key), None)
+
+    def clear(self) -> None:
+        """Drop all stored residuals; runs in progress go on in full until they have new ones."""
+        with self._lock:
+            for run in self._runs.values():
+                for branch in run.branches.values():
+                    branch.drop_residuals(Doubt.WEIGHTS_CHANGED)
+
+    def _run(self, key: Hashable) -> Trajectory:
+        run = self._runs.get(key)
+        if run is not None:
+            self._runs.move_to_end(key)
+            return run
+        for other in [key for key, run in self._runs.items() if _is_over(key, run)]:
+            del self._runs[other]
+        run = self._runs[key] = Trajectory()
+        if len(self._runs) > self._capacity:
+            self._runs.popitem(last=False)
+        return run
+
+    def _branch(
+        self, run: Trajectory, name: Hashable, session: Session | None
+    ) -> tuple[Branch | None, bool]:
+        branch = run.branches.get(name)
+        if branch is not None or session is None or session.branch is not None:
+            return branch, True
+        if self.schedule.branches > 1 or len(run.branches) != 1:
+            return None, True
+        # The plan has one branch and the session names the run: the conditioning was rebuilt.
+        ((other, only),) = run.branches.items()
+        same_program = (
+            isinstance(other, tuple) and isinstance(name, tuple) and other[:2] == name[:2]
+        )
+        return (only, False) if same_program else (None, True)
+
+    def _place(self, run: Trajectory, branch: Branch, arrival: _Arrival) -> int | None:
+        schedule, session = self.schedule, arrival.session
+        if session is not None and session.calls not in (None, schedule.calls):
+            run.distrust(Doubt.CALLS_DIFFER, branch)
+            self._tell_off_plan(f"the session makes {session.calls} calls, not {schedule.calls}")
+        if arrival.timestep is None:
+            return self._place_by_count(run, branch, arrival)
+        if not (on_host(arrival.timestep) or self._questionable(run, branch, arrival)):
+            return branch.next
+        branch.recheck = False
+        timestep = read_timestep(arrival.timestep)
+        if timestep is None:
+            run.distrust(Doubt.MIXED_TIMESTEPS, branch)
+            return None
+        if not arrival.new and schedule.matches(branch.next, timestep):
+            return branch.next
+        call = schedule.find(timestep, near=max(run.step, 0))
+        if call is None or not arrival.new:
+            self._surprised(run, branch, arrival, call, timestep)
+        elif call == 0 and run.step > 0:
+            # New inputs at the first timestep: the session's previous run has stopped early.
+            run.restart()
+            run.branches[arrival.name] = branch
+        return call
+
+    def _place_by_count(self, run: Trajectory, branch: Branch, arrival: _Arrival) -> int | None:
+        if arrival.session is None:
+            run.distrust(Doubt.NO_TIMESTEP, branch)
+            return None
+        if self._questionable(run, branch, arrival, settled=0):
+            run.distrust(Doubt.POSITION_UNKNOWN, branch)
+            return None
+        return branch.next
+
+    def _questionable(
+        self, run: Trajectory, branch: Branch, arrival: _Arrival, *, settled: int = 2
+    ) -> bool:
+        """Whether counting calls does not tell the position for sure."""
+        session = arrival.session
+        if session is None or not arrival.certain:
+            return True
+        if session.calls is None and branch.seen < settled:
+            return True  # a run may begin in the middle (image to image) or have another grid
+        if arrival.new:
+            sibling = run.step == 0 and len(run.branches) <= self.schedule.branches
+            return not (run.fresh or sibling)
+        return branch.recheck or branch.next < run.step
+
+    def _surprised(
+        self,
+        run: Trajectory,
+        branch: Branch,
+        arrival: _Arrival,
+        call: int | None,
+        timestep: float,
+    ) -> None:
+        trusted = run.doubt is None
+        named = arrival.session is not None and arrival.certain and trusted
+        if call is not None and named and branch.next < call and call in (run.step, run.step + 1):
+            branch.drop_residuals(Doubt.JOINED_LATE)  # guidance was off for a while
+        elif call == 0:
+            run.distrust(Doubt.RESTARTED, branch)
+        else:
+            run.distrust(Doubt.TIMESTEP_MISMATCH, branch)
+            if trusted:
+                self._tell_off_plan(
+                    f"call {branch.next} has timestep {timestep:g}, not in the plan's order"
+                )
+
+    def _unowned(self, timestep: Any) -> Step:
+        """Inference tensors outside a session: nothing can be stored, phases still apply."""
+        self._tell(
+            Doubt.INFERENCE_TENSORS,
+            "the inputs are inference tensors, which do not show in-place changes, so calls of one "
+            "sampling run cannot be recognised: no step is skipped",
+            "Run the sampling loop inside `with ditopt.session():` or under torch.no_grad().",
+        )
+        call = None
+        if timestep is not None and len(self.schedule.phases) > 1:
+            value = read_timestep(timestep)
+            call = None if value is None else self.schedule.find(value)
+        return Step(call, self.schedule.phase_of(call), Doubt.INFERENCE_TENSORS)
+
+    def _note_stranger(self, new: bool, call: int | None) -> None:
+        if not new:
+            self._strangers = 0
+        elif call:
+            self._strangers += 1
+        if self._strangers == _STRANGERS_BEFORE_WARNING:
+            self._tell(
+                Doubt.JOINED_LATE,
+                "the calls of a sampling run are not recognised as one, because its prompt or "
+                "position tensors are new at each call, or because more than "
+                f"{self._capacity} runs take turns: no step is skipped",
+                "Build these tensors once before the loop, or run it in `with ditopt.session():`.",
+            )
+
+    def _tell_off_plan(self, what: str) -> None:
+        self._tell(
+            Doubt.TIMESTEP_MISMATCH,
+            f"{what}: this sampling run computes every step in full",
+            "Profile and plan with the sampler and the number of steps that you use.",
+        )
+
+    def _tell(self, topic: str, message: str, remedy: str) -> None:
+        """Decide and warn, once per topic."""
+        if topic in self._told or not self.schedule.skips:
+            return
+        self._told.add(topic)
+        self.decisions.append(Decision("model", "step_cache", False, message))
+        warnings.warn(f"{self._model}: {message}. {remedy}", DitoptWarning, stacklevel=2)
+
+
+def _is_over(key: Hashable, run: Trajectory) -> bool:
+    """Whether a run outside a session cannot continue, because its inputs were freed."""
+    named = isinstance(key, tuple) and key[0] == _SESSION
+    return not named and all(branch.expired for branch in run.branches.values())
