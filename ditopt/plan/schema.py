@@ -10,8 +10,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from ditopt.errors import PlanError
 from ditopt.patterns import HeadPattern
 
-SUM_TOLERANCE = 1e-4
-"""How far from 1 a row of forecast coefficients may sum: rounding, and room for a hand edit."""
+SUM_TOLERANCE = 1e-6
+"""How far from 1 a row of forecast coefficients may sum: room for their rounding."""
+
+MAX_GAIN = 32.0
+"""Largest sum of magnitudes of such a row; it is how much the forecast amplifies noise."""
 
 
 _NUMBERED = re.compile(r"(\D*)(\d*)")
@@ -179,7 +182,11 @@ class Cache(_Part):
             )
         if abs(sum(row) - 1) > SUM_TOLERANCE:
             raise PlanError(
-                f"{field}: expected a sum of 1 (a constant must stay one), got {sum(row):g}"
+                f"{field}: expected a sum of 1 (a constant must stay one), got {sum(row):.8g}"
+            )
+        if (gain := sum(map(abs, row))) > MAX_GAIN:
+            raise PlanError(
+                f"{field}: expected magnitudes that sum to {MAX_GAIN:g} at most, got {gain:g}"
             )
 
 

@@ -179,6 +179,7 @@ def test_phases_are_found_by_call() -> None:
         ("cache/full", [0, 2, 1, 4], "ascending"),
         ("cache/full", [0, 1, 4], "call 2 is neither"),
         ("cache/coefficients/3", [1.6, -0.5], r"cache.coefficients\[3\]: expected a sum of 1"),
+        ("cache/coefficients/3", [21.0, -20.0], "magnitudes that sum to 32 at most, got 41"),
         ("cache/coefficients/3", [1.0, 0.5, -0.5], "expected 1 to 2 numbers"),
         ("cache/coefficients/4", [1.0], "call 4 is full"),
         ("cache/coefficients/6", [1.0], "call 6 does not exist"),
