@@ -6,6 +6,7 @@ and no recompilation.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from ditopt.runtime.tracker import Step, TrajectoryTracker
 
 Tensors = Sequence[Tensor]
+
+# Numbers for runtimes: unlike `id`, they are not given again to a later one.
+_scopes = itertools.count()
 
 
 class Forecast(Protocol):
@@ -90,6 +94,7 @@ class StepRuntime:
         self.artifact.on_invalidate(tracker.clear)
         self._schedule = schedule
         self._probed = programs.roles.probed
+        self._scope = next(_scopes)
         self._rows: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
@@ -111,7 +116,7 @@ class StepRuntime:
 
     def _run_step(self, tracker: TrajectoryTracker, inputs: Sequence[Any]) -> Any:
         programs = self.programs
-        step = tracker.locate(inputs, programs.roles, self._probed, id(self))
+        step = tracker.locate(inputs, programs.roles, self._probed, self._scope)
         stored: tuple[Tensor, ...] | None = None
         try:
             carry, rest = programs.head(inputs)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ditopt.errors import DitoptWarning
-from ditopt.report import Decision
 from ditopt.runtime.doubts import Doubt
-from ditopt.runtime.inputs import InputRoles, identify, lease, on_host, read_timestep
+from ditopt.runtime.inputs import InputRoles, identify, lease, read_timestep
+from ditopt.runtime.notices import Notices
+from ditopt.runtime.placement import Arrival, place
 from ditopt.runtime.session import Session, current_session, on_session_end
 from ditopt.runtime.trajectory import Branch, Trajectory
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 _SESSION = "session"
 
 # Calls in a row that each look like a new run before the user is told that none is recognised.
-_STRANGERS_BEFORE_WARNING = 3
+_STRANGERS_BEFORE_NOTICE = 3
 
 
 @dataclass(slots=True)
@@ -45,17 +44,6 @@ class Step:
     run: Trajectory | None = None
 
 
-@dataclass(slots=True)
-class _Arrival:
-    """A call before it is placed: `certain` says that its branch is known and not inferred."""
-
-    session: Session | None
-    name: Hashable
-    timestep: Any
-    new: bool
-    certain: bool
-
-
 class TrajectoryTracker:
     """Recognises sampling runs and guidance branches of one model.
 
@@ -65,25 +53,26 @@ class TrajectoryTracker:
     a timestep on an accelerator is then read only at a branch's first two calls (not at all with
     `session(key, calls=T)`) and when a branch lags, comes back or appears in mid-run.
 
+    Runs that share their very prompt tensors, in one thread and without sessions, cannot be told
+    apart by inputs. They are noticed by the order of their timesteps, and computed in full.
+
     One tracker serves all compiled callables of a model, so that a change of batch size or
     resolution in mid-run, which compiles another one, does not lose the position.
 
     Args:
         schedule: the plan's calls.
-        model: name for messages.
+        model: name for messages, which `notices` collects.
         capacity: sampling runs kept at once, least recently used first to go. Outside a session
             each guidance branch counts as a run.
     """
 
     def __init__(self, schedule: StepSchedule, *, model: str = "model", capacity: int = 16) -> None:
         self.schedule = schedule
-        self.decisions: list[Decision] = []
-        self._model = model
+        self.notices = Notices(model)
         self._capacity = capacity
         self._runs: OrderedDict[Hashable, Trajectory] = OrderedDict()
         self._lock = threading.Lock()
         self._strangers = 0
-        self._told: set[str] = set()
         on_session_end(self)
 
     def locate(
@@ -116,7 +105,7 @@ class TrajectoryTracker:
             if branch is not None and branch.next == self.schedule.calls:
                 run.restart()  # the plan's calls are done: this is the first call of another run
                 branch = None
-            arrival = _Arrival(session, name, timestep, branch is None, certain)
+            arrival = Arrival(session, name, timestep, branch is None, certain)
             if branch is None:
                 branch = run.branches[name] = Branch(seen, lease(inputs, roles))
             elif branch.identity != seen:
@@ -125,7 +114,7 @@ class TrajectoryTracker:
                 elif certain and branch.identity.versions != seen.versions:
                     branch.drop_residuals(Doubt.INPUTS_CHANGED)
                 branch.identity = seen
-            call = self._place(run, branch, arrival)
+            call = place(self.schedule, run, branch, arrival, self.notices)
             if session is None:
                 self._note_stranger(arrival.new, call)
             # A restarted run is at the position it says; the other doubts leave the plan.
@@ -189,83 +178,10 @@ class TrajectoryTracker:
         )
         return (only, False) if same_program else (None, True)
 
-    def _place(self, run: Trajectory, branch: Branch, arrival: _Arrival) -> int | None:
-        schedule, session = self.schedule, arrival.session
-        if session is not None and session.calls not in (None, schedule.calls):
-            run.distrust(Doubt.CALLS_DIFFER, branch)
-            self._tell_off_plan(f"the session makes {session.calls} calls, not {schedule.calls}")
-        if arrival.timestep is None:
-            return self._place_by_count(run, branch, arrival)
-        if not (on_host(arrival.timestep) or self._questionable(run, branch, arrival)):
-            return branch.next
-        branch.recheck = False
-        timestep = read_timestep(arrival.timestep)
-        if timestep is None:
-            run.distrust(Doubt.MIXED_TIMESTEPS, branch)
-            return None
-        if not arrival.new and schedule.matches(branch.next, timestep):
-            return branch.next
-        call = schedule.find(timestep, near=max(run.step, 0))
-        if call is None or not arrival.new:
-            self._surprised(run, branch, arrival, call, timestep)
-        elif call == 0 and run.step > 0:
-            # New inputs at the first timestep: the session's previous run has stopped early.
-            run.restart()
-            run.branches[arrival.name] = branch
-        return call
-
-    def _place_by_count(self, run: Trajectory, branch: Branch, arrival: _Arrival) -> int | None:
-        if arrival.session is None:
-            run.distrust(Doubt.NO_TIMESTEP, branch)
-            return None
-        if self._questionable(run, branch, arrival, settled=0):
-            run.distrust(Doubt.POSITION_UNKNOWN, branch)
-            return None
-        return branch.next
-
-    def _questionable(
-        self, run: Trajectory, branch: Branch, arrival: _Arrival, *, settled: int = 2
-    ) -> bool:
-        """Whether counting calls does not tell the position for sure."""
-        session = arrival.session
-        if session is None or not arrival.certain:
-            return True
-        if session.calls is None and branch.seen < settled:
-            return True  # a run may begin in the middle (image to image) or have another grid
-        if arrival.new:
-            sibling = run.step == 0 and len(run.branches) <= self.schedule.branches
-            return not (run.fresh or sibling)
-        return branch.recheck or branch.next < run.step
-
-    def _surprised(
-        self,
-        run: Trajectory,
-        branch: Branch,
-        arrival: _Arrival,
-        call: int | None,
-        timestep: float,
-    ) -> None:
-        trusted = run.doubt is None
-        named = arrival.session is not None and arrival.certain and trusted
-        if call is not None and named and branch.next < call and call in (run.step, run.step + 1):
-            branch.drop_residuals(Doubt.JOINED_LATE)  # guidance was off for a while
-        elif call == 0:
-            run.distrust(Doubt.RESTARTED, branch)
-        else:
-            run.distrust(Doubt.TIMESTEP_MISMATCH, branch)
-            if trusted:
-                self._tell_off_plan(
-                    f"call {branch.next} has timestep {timestep:g}, not in the plan's order"
-                )
-
     def _unowned(self, timestep: Any) -> Step:
         """Inference tensors outside a session: nothing can be stored, phases still apply."""
-        self._tell(
-            Doubt.INFERENCE_TENSORS,
-            "the inputs are inference tensors, which do not show in-place changes, so calls of one "
-            "sampling run cannot be recognised: no step is skipped",
-            "Run the sampling loop inside `with ditopt.session():` or under torch.no_grad().",
-        )
+        if self.schedule.skips:
+            self.notices.inference_tensors()
         call = None
         if timestep is not None and len(self.schedule.phases) > 1:
             value = read_timestep(timestep)
@@ -275,31 +191,10 @@ class TrajectoryTracker:
     def _note_stranger(self, new: bool, call: int | None) -> None:
         if not new:
             self._strangers = 0
-        elif call:
+        elif call and self.schedule.skips:
             self._strangers += 1
-        if self._strangers == _STRANGERS_BEFORE_WARNING:
-            self._tell(
-                Doubt.JOINED_LATE,
-                "the calls of a sampling run are not recognised as one, because its prompt or "
-                "position tensors are new at each call, or because more than "
-                f"{self._capacity} runs take turns: no step is skipped",
-                "Build these tensors once before the loop, or run it in `with ditopt.session():`.",
-            )
-
-    def _tell_off_plan(self, what: str) -> None:
-        self._tell(
-            Doubt.TIMESTEP_MISMATCH,
-            f"{what}: this sampling run computes every step in full",
-            "Profile and plan with the sampler and the number of steps that you use.",
-        )
-
-    def _tell(self, topic: str, message: str, remedy: str) -> None:
-        """Decide and warn, once per topic."""
-        if topic in self._told or not self.schedule.skips:
-            return
-        self._told.add(topic)
-        self.decisions.append(Decision("model", "step_cache", False, message))
-        warnings.warn(f"{self._model}: {message}. {remedy}", DitoptWarning, stacklevel=2)
+            if self._strangers == _STRANGERS_BEFORE_NOTICE:
+                self.notices.strangers(self._capacity)
 
 
 def _is_over(key: Hashable, run: Trajectory) -> bool:

@@ -375,7 +375,7 @@ def test_inference_tensors(make_fake: Callable[..., Any]) -> None:
         fake, text = make_fake(make_schedule()), prompt()
         with pytest.warns(DitoptWarning, match="inference tensors"):
             assert sample(fake, text) == FULL
-        assert [decision.applied for decision in fake.runtime.tracker.decisions] == [False]
+        assert [decision.applied for decision in fake.runtime.tracker.notices.decisions] == [False]
         with session("a"):
             assert sample(fake, text) == PLAN
 
@@ -408,7 +408,7 @@ def test_timestep_in_bfloat16(make_fake: Callable[..., Any]) -> None:
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     """Pretends that timesteps are on an accelerator; collects what is read of them."""
-    from ditopt.runtime import tracker
+    from ditopt.runtime import placement
 
     read: list[float | None] = []
 
@@ -416,9 +416,9 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
         read.append(original(timestep))
         return read[-1]
 
-    original = tracker.read_timestep
-    monkeypatch.setattr(tracker, "read_timestep", spy)
-    monkeypatch.setattr(tracker, "on_host", lambda timestep: False)
+    original = placement.read_timestep
+    monkeypatch.setattr(placement, "read_timestep", spy)
+    monkeypatch.setattr(placement, "on_host", lambda timestep: False)
     return read
 
 
@@ -490,7 +490,8 @@ def test_phases_follow_the_call_and_doubt_means_the_first(make_fake: Callable[..
     sample(fake, text, TIMESTEPS[:4])
     for t in TIMESTEPS[:4]:  # phases need the position only, not the run
         fake(latents(), t, prompt())
-    sample(fake, text, (1000.0, 900.0, 5.0, 600.0))
+    with pytest.warns(DitoptWarning, match="not in the plan's order"):
+        sample(fake, text, (1000.0, 900.0, 5.0, 600.0))
     assert fake.phases == [0, 1, 1, 2] * 2 + [0, 1, 0, 0]
 
 
