@@ -1,0 +1,271 @@
+"""Eager, `torch.compile`, ditopt and ditopt with a plan, side by side on one workload.
+
+Every seed is one round: each variant runs the whole sampling loop once, so that time and quality
+come from the same runs and whatever else the machine does meets all variants. Speeds are withheld
+when a variant fails the correctness gate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ditopt.environment import describe_environment
+from ditopt.errors import VerificationError, WorkloadError
+from ditopt.metrics import Quality, QualitySummary, compare, summarize
+from ditopt.progress import Progress, silent
+from ditopt.runtime import stats
+from ditopt.timing import PeakMemory, Spread, timed
+from ditopt.workload import Denoiser, Workload
+
+if TYPE_CHECKING:
+    from ditopt.plan import Plan
+
+Variant = Callable[[nn.Module], Denoiser]
+"""Makes the callable that stands for one denoiser in the sampling loop."""
+
+DEFAULT_SEEDS = (1000, 1001, 1002)
+
+NOISE_FACTOR_DB = 20 * math.log10(2)
+"""Exact rewrites may be twice as far from eager as `torch.compile`: fusion moves rounding."""
+
+ROUNDING_8_BIT_DB = 10 * math.log10(12 * 255**2)
+"""PSNR of rounding to 8 bits (58.9 dB): above it no picture shows a difference."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant.
+
+    Attributes:
+        variant: `eager`, `inductor`, `ditopt`, `ditopt+plan`.
+        ms: median time of one whole sampling loop; None when withheld.
+        ms_iqr: its interquartile range.
+        psnr_db: mean over seeds against eager; None where every seed is equal bit for bit.
+        psnr_min_db: the worst seed.
+        ssim: mean over seeds, on the last two axes.
+        max_error: largest absolute difference over seeds.
+        compile_s: seconds of the first loop, with empty compiler caches, beyond a median one.
+        peak_bytes: CUDA: most memory that tensors took; CPU: peak resident set of the process.
+        seeds: the seeds that were sampled.
+        ran: how often each path ran over all seeds, from `ditopt.stats`.
+    """
+
+    variant: str
+    ms: float | None
+    ms_iqr: float | None
+    psnr_db: float | None
+    psnr_min_db: float | None
+    ssim: float
+    max_error: float
+    compile_s: float
+    peak_bytes: int | None
+    seeds: tuple[int, ...]
+    ran: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """The rows in the order they ran first, where they were measured, and what failed the gate."""
+
+    environment: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    failures: tuple[str, ...]
+
+    def row(self, variant: str) -> Row:
+        """The row of one variant."""
+        return next(row for row in self.rows if row.variant == variant)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as `ditopt bench --json` writes them."""
+        return {
+            "environment": dict(self.environment),
+            "rows": [{**asdict(row), "seeds": list(row.seeds)} for row in self.rows],
+            "failures": list(self.failures),
+        }
+
+    def check(self) -> None:
+        """Raise VerificationError when the correctness gate failed."""
+        if self.failures:
+            raise VerificationError("; ".join(self.failures), remedy="Speeds are withheld.")
+
+
+class _Runs:
+    """What one variant did: results are compared and dropped, numbers kept."""
+
+    def __init__(self, workload: Workload, variant: Variant) -> None:
+        self._workload = workload
+        self._models = {name: variant(module) for name, module in workload.models.items()}
+        self._memory = PeakMemory(_device(workload))
+        self.first_ms = 0.0
+        self.samples_ms: list[float] = []
+        self.qualities: list[Quality] = []
+        self.peak_bytes: int | None = None
+        self.ran: dict[str, Any] = {}
+
+    def compile(self, seed: int) -> None:
+        """The first loop, with empty compiler caches of its own."""
+        from torch._inductor.utils import fresh_cache  # slow to import, needed once
+
+        with fresh_cache():
+            _, self.first_ms = timed(lambda: self._workload.run(seed, self._models))
+
+    def run(self, seed: int) -> Tensor:
+        """One timed and counted loop."""
+        before = self._counters()
+        self._memory.start()
+        result, elapsed_ms = timed(lambda: self._workload.run(seed, self._models))
+        peak = self._memory.peak_bytes()
+        self.samples_ms.append(elapsed_ms)
+        if peak is not None:
+            self.peak_bytes = max(peak, self.peak_bytes or 0)
+        self.ran = _added(self.ran, _added(self._counters(), before, sign=-1))
+        return result
+
+    def _counters(self) -> dict[str, Any]:
+        counters = dict(stats(self._workload.models))
+        del counters["compiled"]  # how many callables there are, not what ran
+        return counters
+
+    def row(self, name: str, seeds: Sequence[int], *, withheld: bool) -> Row:
+        spread, quality = Spread.of(self.samples_ms), summarize(self.qualities)
+        compile_s = max(0.0, self.first_ms - spread.median_ms) / 1e3
+        return Row(
+            variant=name,
+            ms=None if withheld else spread.median_ms,
+            ms_iqr=None if withheld else spread.iqr_ms,
+            psnr_db=_finite(quality.mean_psnr_db),
+            psnr_min_db=_finite(quality.min_psnr_db),
+            ssim=quality.ssim,
+            max_error=quality.max_error,
+            compile_s=compile_s,
+            peak_bytes=self.peak_bytes,
+            seeds=tuple(seeds),
+            ran=self.ran,
+        )
+
+
+def bench(
+    workload: Workload,
+    plan: Plan | str | Path | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    variants: Mapping[str, Variant] | None = None,
+    progress: Progress = silent,
+) -> BenchResult:
+    """Measure the variants of a workload side by side.
+
+    Compiled code of earlier calls in this process is dropped first (`torch.compiler.reset()`), so
+    that the compile times are those of a cold start.
+
+    Args:
+        workload: the model and its loop.
+        plan: adds the variant `ditopt+plan`.
+        seeds: one interleaved round each; by default the plan's audit seeds, which its search
+            never saw, or three seeds where there is no plan.
+        variants: what to measure instead of the usual four; must hold `eager`, the reference.
+        progress: told after each loop.
+
+    Raises:
+        WorkloadError: no seeds, or a loop without a finite result.
+    """
+    if isinstance(plan, str | Path):
+        from ditopt.plan import Plan as PlanFile  # plan.py imports this package's patterns
+
+        plan = PlanFile.load(plan)
+    chosen = _seeds(plan) if seeds is None else tuple(seeds)
+    if not chosen:
+        raise WorkloadError("bench needs at least one seed, got none")
+    torch.compiler.reset()
+    runs = {
+        name: _Runs(workload, variant)
+        for name, variant in (variants or default_variants(plan)).items()
+    }
+    for number, one in enumerate(runs.values()):
+        progress("compiling", number, len(runs))
+        one.compile(chosen[0])
+    progress("compiling", len(runs), len(runs))
+
+    order = list(runs)
+    for number, seed in enumerate(chosen):
+        results = {name: runs[name].run(seed) for name in order}
+        for name, result in results.items():
+            runs[name].qualities.append(compare(result, results["eager"], workload.data_range))
+        order.append(order.pop(0))  # nobody always runs after the same neighbour
+        progress("sampling", number + 1, len(chosen))
+
+    failures = _gate({name: summarize(one.qualities) for name, one in runs.items()}, plan)
+    rows = tuple(one.row(name, chosen, withheld=bool(failures)) for name, one in runs.items())
+    environment = {
+        **describe_environment(_device(workload)),
+        "workload": workload.title,
+        "data_range": workload.data_range,
+        "plan_goal": None if plan is None or plan.goal is None else str(plan.goal),
+    }
+    return BenchResult(environment, rows, tuple(failures))
+
+
+def default_variants(plan: Plan | None) -> dict[str, Variant]:
+    """The usual three, and `ditopt+plan` where there is a plan."""
+    variants: dict[str, Variant] = {
+        "eager": lambda module: module,
+        "inductor": torch.compile,
+        "ditopt": lambda module: torch.compile(module, backend="ditopt"),
+    }
+    if plan is not None:
+        options: Any = {"plan": plan}
+        variants["ditopt+plan"] = lambda module: torch.compile(
+            module, backend="ditopt", options=options
+        )
+    return variants
+
+
+def _gate(quality: Mapping[str, QualitySummary], plan: Plan | None) -> list[str]:
+    """What is wrong with the results, in words; empty when all is well."""
+    failures = []
+    if "ditopt" in quality and "inductor" in quality:
+        floor = quality["inductor"].mean_psnr_db
+        needed = min(floor - NOISE_FACTOR_DB, ROUNDING_8_BIT_DB)
+        reached = quality["ditopt"].mean_psnr_db
+        if reached < needed:
+            failures.append(
+                f"ditopt without a plan must be lossless, but is at {reached:.1f} dB "
+                f"(torch.compile: {floor:.1f} dB, needed: {needed:.1f} dB)"
+            )
+    goal = plan.goal.min_psnr_db if plan is not None and plan.goal is not None else None
+    if goal is not None and "ditopt+plan" in quality:
+        reached = quality["ditopt+plan"].mean_psnr_db
+        if reached < goal:
+            failures.append(f"the plan's goal is {goal:g} dB, but it reaches {reached:.2f} dB")
+    return failures
+
+
+def _seeds(plan: Plan | None) -> tuple[int, ...]:
+    audits = [v for v in plan.verification if v.purpose == "audit" and v.adopted] if plan else []
+    return audits[-1].seeds if audits else DEFAULT_SEEDS
+
+
+def _device(workload: Workload) -> torch.device:
+    parameters = (p for module in workload.models.values() for p in module.parameters())
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def _finite(decibels: float) -> float | None:
+    return None if math.isinf(decibels) else decibels
+
+
+def _added(left: Mapping[str, Any], right: Mapping[str, Any], sign: int = 1) -> dict[str, Any]:
+    """Counters added (or subtracted) key by key, nested ones too."""
+    total: dict[str, Any] = dict(left)
+    for key, value in right.items():
+        if isinstance(value, Mapping):
+            total[key] = _added(total.get(key, {}), value, sign)
+        else:
+            total[key] = total.get(key, 0) + sign * value
+    return total

@@ -1,0 +1,106 @@
+"""Wall-clock time side by side, and peak memory, of things that run on the CPU or a CUDA device."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ditopt.progress import Progress, silent
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and interquartile range of repeated measurements, in milliseconds."""
+
+    median_ms: float
+    iqr_ms: float
+
+    @classmethod
+    def of(cls, samples_ms: Sequence[float]) -> Spread:
+        """The spread of at least one sample; a single one has none."""
+        if len(samples_ms) == 1:
+            return cls(samples_ms[0], 0.0)
+        first, median, third = statistics.quantiles(samples_ms, n=4, method="inclusive")
+        return cls(median, third - first)
+
+
+def timed(run: Callable[[], T]) -> tuple[T, float]:
+    """The result of `run()` and its milliseconds, device work included."""
+    synchronize()
+    start = time.perf_counter()
+    result = run()
+    synchronize()
+    return result, (time.perf_counter() - start) * 1e3
+
+
+def time_interleaved(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    progress: Progress = silent,
+) -> dict[str, Spread]:
+    """Time several callables in turn, so that whatever else the machine does meets them all.
+
+    Args:
+        runs: what to time, by name.
+        rounds: how often each is timed, one after the other in each round.
+        warmup: untimed rounds before.
+        progress: told after each timed round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    for number in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(timed(run)[1])
+        progress("timing", number + 1, rounds)
+    return {name: Spread.of(values) for name, values in samples.items()}
+
+
+def synchronize() -> None:
+    """Wait for the CUDA device, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Largest memory in use since `start()`.
+
+    On a CUDA device that is what tensors took; on Linux CPUs the process's resident set, everything
+    else that the process holds included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._known = False
+
+    def start(self) -> None:
+        """Forget the peak so far."""
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM alone
+        except OSError:
+            self._known = False  # another system, or a container that forbids it
+        else:
+            self._known = True
+
+    def peak_bytes(self) -> int | None:
+        """The peak, or None where the system does not tell."""
+        if self._cuda is not None:
+            return torch.cuda.max_memory_allocated(self._cuda)
+        if not self._known:
+            return None
+        match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return int(match[1]) * 1024 if match else None
