@@ -157,6 +157,7 @@ def bench(
     *,
     seeds: Sequence[int] | None = None,
     variants: Mapping[str, Variant] | None = None,
+    observe: Callable[[str, int, Tensor], None] | None = None,
     progress: Progress = silent,
 ) -> BenchResult:
     """Measure the variants of a workload side by side.
@@ -170,7 +171,8 @@ def bench(
         seeds: one interleaved round each; by default the plan's audit seeds, which its search
             never saw, or three seeds where there is no plan.
         variants: what to measure instead of the usual four; must hold `eager`, the reference.
-        progress: told after each loop.
+        observe: is shown each result, `observe(variant, seed, result)`.
+        progress: told after each round.
 
     Raises:
         WorkloadError: no seeds, or a loop without a finite result.
@@ -197,6 +199,8 @@ def bench(
         results = {name: runs[name].run(seed) for name in order}
         for name, result in results.items():
             runs[name].qualities.append(compare(result, results["eager"], workload.data_range))
+            if observe is not None:
+                observe(name, seed, result)
         order.append(order.pop(0))  # nobody always runs after the same neighbour
         progress("sampling", number + 1, len(chosen))
 

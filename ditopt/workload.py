@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ class Workload:
         frames: turns the result into uint8 pictures [F, H, W, 3].
         data_range: width of the result's value range, for PSNR; see `ditopt.metrics`.
         name: what to call the workload in reports.
+        origin: the command-line argument it was loaded from, with an absolute path.
     """
 
     model: nn.Module | Mapping[str, nn.Module]
@@ -54,6 +55,7 @@ class Workload:
     frames: Callable[[Tensor], np.ndarray[Any, np.dtype[np.uint8]]] | None = None
     data_range: float | None = None
     name: str | None = None
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         named = self.model if isinstance(self.model, Mapping) else {"model": self.model}
@@ -170,7 +172,9 @@ def load_workload(spec: str) -> Workload:
         WorkloadError: the file or function is missing, fails, or returns something else.
     """
     if spec.startswith("diffusers:"):
-        return Workload.from_pipeline(*load_pipeline(spec.removeprefix("diffusers:")))
+        folder = spec.removeprefix("diffusers:")
+        loaded = Workload.from_pipeline(*load_pipeline(folder))
+        return replace(loaded, origin=f"diffusers:{Path(folder).resolve()}")
     path, _, name = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "workload")
     if not path.endswith(".py"):
         raise WorkloadError(
@@ -193,7 +197,7 @@ def load_workload(spec: str) -> Workload:
         raise WorkloadError(
             f"{spec}: {name}() returned {type(workload).__name__}; expected a ditopt.Workload"
         )
-    return workload
+    return replace(workload, origin=f"{Path(path).resolve()}:{name}")
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -217,6 +217,7 @@ def test_a_saved_pipeline_is_loaded_by_its_folder(tmp_path):
     pipe.save_pretrained(tmp_path)
     workload = load_workload(f"diffusers:{tmp_path}")
     assert workload.title == "DiTPipeline"
+    assert workload.origin == f"diffusers:{tmp_path}"
     found = next(iter(workload.models.values()))
     assert isinstance(found, diffusers.DiTTransformer2DModel)
     assert np.prod(workload.run(0).shape) > 0

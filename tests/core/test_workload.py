@@ -122,6 +122,7 @@ def test_a_workload_is_loaded_from_a_file_with_siblings(file, suffix):
     workload = load_workload(f"{file}{suffix}")
     assert workload.title == "from file"
     assert workload.run(0).item() == 2.0
+    assert workload.origin == f"{file}:workload"
 
 
 @pytest.mark.parametrize(
