@@ -1,6 +1,6 @@
 """``torch.ops.ditopt.block_sparse_attention``: schema, fake implementation and lazy device dispatch.
 
-CPU runs `reference`, CUDA runs `triton` (imported on the first launch, so this module needs no
+CPU runs `cpu`, CUDA runs `triton` (imported on the first launch, so this module needs no
 Triton). The output has q's shape and dtype and always lies in memory as [B, N_q, H, D]: what follows
 attention in a DiT is ``out.transpose(1, 2).flatten(2)``, which is then free. The fake says the same.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu
 
 _SCHEMA = (
     "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, "
@@ -36,11 +36,8 @@ def _cpu(
     block_k: int,
     scale: float,
 ) -> Tensor:
-    out = empty_output(q, v)
-    return out.copy_(
-        reference.block_sparse_attention(
-            q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale
-        )
+    return cpu.block_sparse_attention(
+        q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale, empty_output(q, v)
     )
 
 
@@ -77,3 +74,20 @@ def _fake(
 _library.impl("block_sparse_attention", _cpu, "CPU")
 _library.impl("block_sparse_attention", _cuda, "CUDA")
 torch.library.register_fake("ditopt::block_sparse_attention", _fake, lib=_library)
+
+
+def call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Tensor:
+    """The registered operator, typed: what Dynamo records is ``ditopt::block_sparse_attention``."""
+    out: Tensor = torch.ops.ditopt.block_sparse_attention.default(
+        q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale
+    )
+    return out
