@@ -54,6 +54,16 @@ def _default_mode() -> int:
     return 0o666 & ~mask
 
 
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder at `path`, made with its parents where it is missing."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        cause = error.strerror or str(error)
+        raise FileError(f"cannot make the folder {str(path)!r}: {cause}") from error
+    return Path(path)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as temporary:

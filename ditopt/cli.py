@@ -1,0 +1,197 @@
+"""The command line: inspect, profile, plan, explain, bench, demo.
+
+Every command prints a table; `--json PATH` writes the same as JSON (`-` for standard output, and
+then nothing else goes there). Bad input ends with one line that says what is wrong, and code 2.
+Commands import what they need when they run, so that `ditopt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from ditopt.errors import DitoptError, DitoptWarning
+from ditopt.files import write_json
+from ditopt.progress import terminal_progress
+
+_python_format = warnings.formatwarning
+
+app = typer.Typer(
+    help="Profile a Diffusion Transformer, plan its optimization, apply and measure the plan.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+WorkloadSpec = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKLOAD", help="path/to/file.py[:function] or diffusers:PATH", show_default=False
+    ),
+]
+JsonPath = Annotated[
+    str | None,
+    typer.Option("--json", metavar="PATH", help="Write the result as JSON; - for standard output."),
+]
+PlanPath = Annotated[Path, typer.Option("--plan", metavar="FILE", help="The plan to apply.")]
+MinPsnr = Annotated[
+    float | None, typer.Option("--min-psnr", metavar="DB", help="Quality to keep, mean PSNR in dB.")
+]
+
+
+@app.command()
+def inspect(workload: WorkloadSpec, json_path: JsonPath = None) -> None:
+    """List the attention and linear sites of the model that the workload calls."""
+    from ditopt.capture import inspect_workload
+    from ditopt.workload import load_workload
+
+    report = inspect_workload(load_workload(workload))
+    _show(report.table(), report.to_json(), json_path)
+
+
+@app.command()
+def profile(
+    workload: WorkloadSpec,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Loops to record.")] = 2,
+    json_path: JsonPath = None,
+) -> None:
+    """Run the denoising loop and measure every site; an interrupted profile resumes."""
+    from ditopt.profiling import profile as measure
+    from ditopt.workload import load_workload
+
+    with terminal_progress() as progress:
+        result = measure(load_workload(workload), out, seeds=seeds, progress=progress)
+    _show(f"Profile written to {out}.", result.model_dump(mode="json"), json_path)
+
+
+@app.command()
+def plan(
+    profile_dir: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `ditopt profile` wrote.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="Plan file to write.")],
+    min_psnr: MinPsnr = None,
+    target_speedup: Annotated[
+        float | None, typer.Option("--target-speedup", metavar="X", help="Dense time over plan's.")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Search the fastest plan that keeps a quality (30 dB unless told), or the best of a speed."""
+    from ditopt.plan import Goal
+    from ditopt.search import plan_from_profile
+
+    if min_psnr is None and target_speedup is None:
+        min_psnr = 30.0
+    goal = Goal(min_psnr_db=min_psnr, target_speedup=target_speedup)
+    with terminal_progress() as progress:
+        found = plan_from_profile(profile_dir, goal, out, progress=progress)
+    _show(f"Plan written to {out}.", found.model_dump(mode="json"), json_path)
+
+
+@app.command()
+def explain(workload: WorkloadSpec, plan: PlanPath, json_path: JsonPath = None) -> None:
+    """Compile with a plan and tell each decision with its reason."""
+    from ditopt.plan import Plan
+    from ditopt.report import decision_table
+    from ditopt.torch_backend import explain as decide
+    from ditopt.workload import load_workload
+
+    decisions = decide(load_workload(workload), Plan.load(plan))
+    value = {"decisions": [decision.to_json() for decision in decisions]}
+    _show(decision_table(decisions), value, json_path)
+
+
+@app.command()
+def bench(
+    workload: WorkloadSpec,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Adds the variant ditopt+plan.")
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", metavar="N", help="Rounds; by default the plan's audit seeds."),
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Measure eager, torch.compile, ditopt and ditopt with the plan side by side."""
+    from ditopt.bench import FIRST_SEED
+    from ditopt.bench import bench as measure
+    from ditopt.tables import bench_table
+    from ditopt.workload import load_workload
+
+    chosen = None if seeds is None else range(FIRST_SEED, FIRST_SEED + seeds)
+    with terminal_progress() as progress:
+        result = measure(load_workload(workload), plan, seeds=chosen, progress=progress)
+    _show(bench_table(result), result.to_json(), json_path)
+    result.check()
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for everything written.")
+    ] = Path("ditopt-demo"),
+    min_psnr: Annotated[
+        float, typer.Option("--min-psnr", metavar="DB", help="Quality to keep, mean PSNR in dB.")
+    ] = 30.0,
+    json_path: JsonPath = None,
+) -> None:
+    """Profile, plan and bench the embedded video model; draw dense beside optimized frames."""
+    from ditopt.demo import run_demo
+    from ditopt.tables import bench_table
+
+    with terminal_progress() as progress:
+        result, picture = run_demo(out, min_psnr, progress)
+    _show(bench_table(result), result.to_json(), json_path)
+    result.check()
+    typer.echo(f"Plan: {out / 'plan.yaml'}   Picture: {picture}", err=json_path == "-")
+
+
+def _show(table: RenderableType, value: Any, json_path: str | None) -> None:
+    """Print the table, and write the JSON where it was asked for."""
+    if json_path == "-":
+        typer.echo(json.dumps(value, indent=2, allow_nan=False))
+        return
+    Console().print(table)
+    if json_path is not None:
+        write_json(json_path, value)
+
+
+def _find_cause(error: BaseException | None) -> DitoptError | None:
+    """The DitoptError inside `error`: Dynamo wraps what a backend raises in an error of its own."""
+    while error is not None and not isinstance(error, DitoptError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return error
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Warnings of ditopt on one line without a source position; others as Python prints them."""
+    if issubclass(category, DitoptWarning):
+        return f"warning: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
+
+
+def main() -> None:
+    """Entry point of the `ditopt` command."""
+    warnings.formatwarning = _format_warning
+    try:
+        app()
+    except Exception as error:
+        cause = _find_cause(error)
+        if cause is None:
+            raise
+        typer.echo(f"ditopt: {cause}", err=True)
+        sys.exit(2)
