@@ -1,0 +1,1 @@
+"""Lowerings of canonical graphs: `eager` (the oracle) and `inductor`."""

@@ -1,0 +1,25 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import fx
+
+Lowered = Callable[..., Sequence[Any]]
+
+
+class Backend(Protocol):
+    """Turns one canonical graph into a callable with the same inputs and outputs."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """None when usable, else the reason and the remedy."""
+
+    def supports(self, node: fx.Node) -> str | None:
+        """None when the node can be lowered, else the reason."""
+
+    def lower(self, gm: fx.GraphModule, options: Mapping[str, Any]) -> Lowered:
+        """Compile `gm`; its placeholders carry fake values in `meta["val"]`. `gm` is not changed."""

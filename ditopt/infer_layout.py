@@ -1,0 +1,172 @@
+"""Infer the token grid of a captured model.
+
+Evidence, in this order: the workload's own statement; a patch embedding (a convolution whose stride is its kernel: its output shape is
+the grid); integer position ids (FLUX and its relatives pass them); a latent input [B, C, F, H, W] or [B, C, H, W] that some patch size
+divides into the number of tokens. Each gives a grid; the rest of a sequence is text, and a concatenation behind q says on which side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ditopt.capture import Captured
+from ditopt.graph import fake_value
+from ditopt.layout import TokenLayout
+from ditopt.sites import AttentionSite, attention_operands
+
+Grid = tuple[Any, Any, Any]  # frames, rows, columns; symbolic where the capture is
+
+aten = torch.ops.aten
+_CONVOLUTIONS = {aten.conv2d.default, aten.conv3d.default, aten.convolution.default}
+
+
+def infer_grid(captured: Captured, inputs: Sequence[Any]) -> tuple[Grid, str] | None:
+    """The grid and where it was read, or None.
+
+    Args:
+        captured: the model.
+        inputs: the real values of `captured.inputs`; position ids are read from them.
+    """
+    for source, grids in (
+        ("the patch embedding", _from_convolutions(captured)),
+        ("the position ids", _from_position_ids(captured, inputs)),
+        ("the latent's shape", _from_latents(captured)),
+    ):
+        for grid in grids:
+            return grid, source
+    return None
+
+
+def site_layout(captured: Captured, site: AttentionSite, grid: Grid) -> TokenLayout | str:
+    """The layout of one self or joint attention, or the reason why it has none.
+
+    A sequence of one frame's tokens (Latte's spatial attention) is a grid of one frame; one token for each frame is temporal.
+    """
+    if site.kind == "cross":
+        return "cross-attention has no token grid on the key side"
+    frames, height, width = (int(x) for x in grid)
+    tokens = int(site.tokens_q)
+    total = frames * height * width
+    if tokens == total:
+        return TokenLayout(frames, height, width)
+    if frames > 1 and tokens == height * width:
+        return TokenLayout(1, height, width)
+    if frames > 1 and tokens == frames:
+        return TokenLayout(frames, 1, 1)
+    if tokens < total:
+        return f"the sequence has {tokens} tokens, the grid of {frames} x {height} x {width} has {total}"
+    text = tokens - total
+    before = _text_before(captured, site, total)
+    return TokenLayout(frames, height, width, text_before=text if before else 0, text_after=0 if before else text)
+
+
+def _nodes(captured: Captured) -> Iterator[fx.Node]:
+    for body in captured.bodies.values():
+        yield from body.gm.graph.nodes
+
+
+def _from_convolutions(captured: Captured) -> Iterator[Grid]:
+    for node in _nodes(captured):
+        if node.op != "call_function" or node.target not in _CONVOLUTIONS:
+            continue
+        weight, out, x = fake_value(node.args[1]), fake_value(node), fake_value(node.args[0])
+        kernel = tuple(weight.shape[2:])
+        stride = node.args[3] if len(node.args) > 3 else [1]
+        strides = tuple(stride) * (len(kernel) if len(stride) == 1 else 1)
+        if kernel != strides or kernel == (1,) * len(kernel) or max(kernel) < 2:
+            continue
+        if len(kernel) == 3:
+            yield (out.shape[2], out.shape[3], out.shape[4])
+        else:
+            yield (_frames_in_batch(captured, x), out.shape[2], out.shape[3])
+
+
+def _frames_in_batch(captured: Captured, x: Tensor) -> Any:
+    """Frames that a 2D patch embedding sees folded into its batch: those of a five-dimensional latent input."""
+    for item in captured.inputs:
+        if item.role == "user" and isinstance(item.fake, Tensor) and item.fake.dim() == 5:
+            batch = item.fake.shape[0]
+            return x.shape[0] // batch
+    return 1
+
+
+def _from_position_ids(captured: Captured, inputs: Sequence[Any]) -> Iterator[Grid]:
+    for item, value in zip(captured.inputs, inputs, strict=False):
+        if item.role != "user" or not isinstance(value, Tensor) or value.dim() not in (2, 3):
+            continue
+        ids = value[0] if value.dim() == 3 else value
+        if not 2 <= ids.shape[-1] <= 4 or ids.shape[0] < 4:
+            continue
+        grid = _raster(ids.detach().to("cpu", torch.float64))
+        if grid is not None:
+            yield grid
+
+
+def _raster(ids: Tensor) -> Grid | None:
+    """Frames, rows and columns of integer ids [N, A] in raster order on their last axes."""
+    if not bool((ids == ids.round()).all()):
+        return None
+    counts = [int(ids[:, axis].unique().numel()) for axis in range(ids.shape[1])]
+    used = [axis for axis, count in enumerate(counts) if count > 1]
+    if not 2 <= len(used) <= 3:
+        return None
+    sizes = [counts[axis] for axis in used]
+    if int(torch.tensor(sizes).prod()) != ids.shape[0]:
+        return None
+    expected = torch.cartesian_prod(*(ids[:, axis].unique() for axis in used))
+    if not torch.equal(expected, ids[:, used]):
+        return None
+    return (1, sizes[0], sizes[1]) if len(sizes) == 2 else (sizes[0], sizes[1], sizes[2])
+
+
+def _from_latents(captured: Captured) -> Iterator[Grid]:
+    tokens = [
+        node_tokens
+        for node_tokens in (_attention_tokens(node) for node in _nodes(captured))
+        if isinstance(node_tokens, int)
+    ]
+    if not tokens:
+        return
+    for item in captured.inputs:
+        value = item.fake
+        if item.role != "user" or not isinstance(value, Tensor) or value.dim() not in (4, 5):
+            continue
+        shape = [s if isinstance(s, int) else None for s in value.shape]
+        if None in shape:
+            continue
+        frames = 1 if value.dim() == 4 else shape[2]
+        height, width = shape[-2], shape[-1]
+        for patch in (1, 2, 4, 8):
+            if height % patch or width % patch:
+                continue
+            if frames * (height // patch) * (width // patch) in tokens:
+                yield (frames, height // patch, width // patch)
+
+
+def _attention_tokens(node: fx.Node) -> Any:
+    if node.op == "call_function" and node.target is aten.scaled_dot_product_attention.default:
+        return fake_value(node.args[0]).shape[-2]
+    return None
+
+
+def _text_before(captured: Captured, site: AttentionSite, grid_tokens: int) -> bool:
+    """Whether text stands before the grid: read off the nearest concatenation with a part of the grid's length."""
+    body = captured.pieces[site.piece].body
+    node = next(n for n in body.gm.graph.nodes if n.name == site.node)
+    todo, seen = [attention_operands(node)[0]], set()
+    while todo:
+        current = todo.pop(0)
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "call_function" and current.target is aten.cat.default:
+            lengths = [list(fake_value(part).shape) for part in current.args[0]]
+            places = [k for k, shape in enumerate(lengths) if any(s == grid_tokens for s in shape if isinstance(s, int))]
+            if len(lengths) > 1 and len(places) == 1:
+                return places[0] > 0
+        todo.extend(current.all_input_nodes)
+    return True

@@ -1,0 +1,54 @@
+"""Turn one piece of a Dynamo graph into functional ATen, keeping attention, linear layers and norms whole.
+
+Dynamo's graph is Torch-level and may write in place (Wan's RoPE), so data-flow analysis of it would be wrong. AOTAutograd's export
+door, before dispatch and without decompositions, functionalises it and keeps `aten.scaled_dot_product_attention`, `aten.linear`
+and the norms. It runs in Dynamo's own fake mode, so symbolic sizes stay the same symbols.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import fx
+
+from ditopt.errors import CaptureError
+from ditopt.graph import placeholders
+
+_KEPT_META = ("val", "nn_module_stack", "stack_trace")
+
+
+class MutatesInput(CaptureError):
+    """The piece writes into a value that it was given, so it cannot be compiled apart from its neighbours."""
+
+
+def normalize(gm: fx.GraphModule) -> fx.GraphModule:
+    """Functional ATen of `gm`, same inputs and outputs, `meta["val"]` on every node.
+
+    Args:
+        gm: a Torch-level GraphModule whose placeholders carry `meta["example_value"]` (fake, or symbolic integers).
+
+    Raises:
+        MutatesInput: the piece writes into one of its inputs.
+    """
+    from torch._functorch.aot_autograd import aot_export_module
+
+    examples = [node.meta["example_value"] for node in placeholders(gm)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        canonical, signature = aot_export_module(
+            gm, examples, trace_joint=False, pre_dispatch=True, decompositions={}
+        )
+    mutated = {**signature.buffers_to_mutate, **getattr(signature, "user_inputs_to_mutate", {})}
+    if mutated:
+        raise MutatesInput(
+            f"the piece writes in place into {', '.join(sorted(mutated.values()))}",
+            remedy="nothing to do: the graph is kept whole",
+        )
+    for node in list(canonical.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            canonical.graph.erase_node(node)  # what `.to()` checked while tracing; the capture's guards hold it
+            continue
+        node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+    canonical.recompile()
+    return canonical

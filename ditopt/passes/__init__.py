@@ -1,0 +1,1 @@
+"""Rewrites of canonical graphs, one idea per file; `ditopt.pipeline` lists them in order."""

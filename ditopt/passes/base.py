@@ -1,0 +1,90 @@
+"""What a pass is, and how it hands further inputs to the program that it rewrites.
+
+A pass works on one canonical body. Blocks that share the body share the rewrite, so what differs between them (block lists, fused
+weights) becomes a further input of the graph: a placeholder whose `meta["ditopt"]` says how the runtime fills it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import fx
+
+from ditopt.config import Options
+
+
+@dataclass(frozen=True)
+class FusedWeight:
+    """Rows of several weights, one after the other: the inputs at `positions` of the same graph, concatenated on axis 0."""
+
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """One of the two block lists of the attention at `node`: `part` is 0 for counts, 1 for ids."""
+
+    node: str
+    part: int
+
+
+@dataclass(frozen=True)
+class NodeDecision:
+    """A decision about a node of a body; the runner repeats it for each block that shares the body."""
+
+    node: str
+    applied: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class SparseChoice:
+    """What the plan says at one attention node: block sizes and the number of heads that it names."""
+
+    block_q: int
+    block_k: int
+    heads: int
+    tokens_q: Any
+    tokens_k: Any
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know besides the graph.
+
+    Attributes:
+        options: of the `torch.compile` call.
+        sparse: attention nodes for which the plan asks for block-sparse attention.
+        declined: attention nodes for which it asks in vain, with the reason.
+    """
+
+    options: Options
+    sparse: Mapping[str, SparseChoice] = field(default_factory=dict)
+    declined: Mapping[str, str] = field(default_factory=dict)
+
+
+class Pass(Protocol):
+    """One rewrite.
+
+    Attributes:
+        name: snake_case, equal to the file name.
+        after: passes that must come earlier.
+    """
+
+    name: str
+    after: frozenset[str]
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> list[NodeDecision]:
+        """Rewrite `gm` in place and say what was done, and what was not and why."""
+
+
+def add_input(gm: fx.GraphModule, name: str, fake: Any, spec: Any) -> fx.Node:
+    """A further placeholder after the existing ones, which the runtime fills as `spec` says."""
+    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(name)
+    node.meta["val"] = fake
+    node.meta["ditopt"] = spec
+    return node

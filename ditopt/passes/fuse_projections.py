@@ -1,0 +1,106 @@
+"""Merge linear layers that read one tensor into one matrix product.
+
+    linear(x, Wq) , linear(x, Wk) , linear(x, Wv)   =>   split(linear(x, [Wq; Wk; Wv]))
+
+Preconditions: the weights are the model's own two-dimensional parameters of one dtype, all with or all without a bias.
+Benefit: one launch, one read of x. Error: none beyond the order of summation inside the matrix product. Cost: a copy of the
+weights (`release_weights` frees the originals).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+from ditopt.graph import fake_value, placeholders
+from ditopt.passes.base import FusedWeight, NodeDecision, PassContext, add_input
+
+aten = torch.ops.aten
+
+
+class FuseProjections:
+    """See the module."""
+
+    name = "fuse_projections"
+    after: frozenset[str] = frozenset()
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> list[NodeDecision]:
+        """Fuse every group that qualifies."""
+        groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in gm.graph.nodes:
+            if node.op == "call_function" and node.target is aten.linear.default:
+                groups[node.args[0]].append(node)
+        decisions = []
+        for members in groups.values():
+            if len(members) < 2:
+                continue
+            reason = self._reject(members, ctx)
+            if reason is None:
+                _rewrite(gm, members)
+            text = reason or f"{len(members)} projections of one tensor in one matrix product"
+            decisions += [NodeDecision(node.name, reason is None, text) for node in members]
+        return decisions
+
+    def _reject(self, members: list[fx.Node], ctx: PassContext) -> str | None:
+        if not ctx.options.fuse_projections:
+            return "switched off by the option fuse_projections"
+        weights = [node.args[1] for node in members]
+        biases = [node.args[2] if len(node.args) > 2 else None for node in members]
+        if any(not _is_parameter(weight) for weight in weights):
+            return "a weight is computed, not a parameter"
+        if len({weight for weight in weights}) < len(weights):
+            return "two projections share a weight"
+        if len({fake_value(w).dtype for w in weights}) > 1:
+            return "the weights have several dtypes"
+        if len({bias is None for bias in biases}) > 1:
+            return "some projections have a bias and some have none"
+        if any(bias is not None and not _is_parameter(bias) for bias in biases):
+            return "a bias is computed, not a parameter"
+        return None
+
+
+def _is_parameter(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "placeholder" and "ditopt" not in node.meta
+
+
+def _fused_input(gm: fx.GraphModule, parts: list[fx.Node], name: str) -> fx.Node:
+    order = placeholders(gm)
+    fakes = [fake_value(part) for part in parts]
+    rows = sum(fake.shape[0] for fake in fakes)
+    fake = fakes[0].new_empty((rows, *fakes[0].shape[1:]))
+    return add_input(gm, name, fake, FusedWeight(tuple(order.index(part) for part in parts)))
+
+
+def _rewrite(gm: fx.GraphModule, members: list[fx.Node]) -> None:
+    first = members[0]
+    x, name = first.args[0], first.name
+    arguments = [x, _fused_input(gm, [n.args[1] for n in members], f"{name}_fused_weight")]
+    if len(first.args) > 2 and first.args[2] is not None:
+        arguments.append(_fused_input(gm, [n.args[2] for n in members], f"{name}_fused_bias"))
+    sizes = [fake_value(node.args[1]).shape[0] for node in members]
+    with gm.graph.inserting_before(first):
+        fused = gm.graph.call_function(aten.linear.default, tuple(arguments))
+        split = gm.graph.call_function(aten.split_with_sizes.default, (fused, sizes, -1))
+        parts = []
+        for k, node in enumerate(members):
+            part = gm.graph.call_function(operator.getitem, (split, k))
+            part.meta = dict(node.meta)
+            parts.append(part)
+    for created in (fused, split):
+        created.meta = {key: first.meta[key] for key in ("nn_module_stack",) if key in first.meta}
+        created.meta["val"] = None  # filled by the runner's propagation
+    for node, part in zip(members, parts, strict=True):
+        node.replace_all_uses_with(part)
+        gm.graph.erase_node(node)
+    for part in parts:
+        _relax_views(part)
+
+
+def _relax_views(part: fx.Node) -> None:
+    """A part is a strided view of the fused product, so views of it may have to copy."""
+    for user in part.users:
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default

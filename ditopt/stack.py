@@ -1,0 +1,136 @@
+"""The block stack: the run of pieces that a skipped step leaves out, and what it carries from end to end.
+
+A skipped step replaces the stack's outputs by forecasts. An output that continues a value which entered the stack (the residual
+stream) is forecast as its base plus a residual; any other output is forecast as it is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ditopt.capture import Captured
+from ditopt.graph import fake_value, output_nodes
+from ditopt.partition import is_matmul
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Pieces `first` to `end` (half-open) of a captured model.
+
+    Attributes:
+        outputs: slots that the stack writes and later pieces, or the caller, read.
+        bases: for each output the slot, written before the stack, that it continues, or None.
+    """
+
+    first: int
+    end: int
+    outputs: tuple[int, ...]
+    bases: tuple[int | None, ...]
+
+
+def find_stack(captured: Captured) -> Stack | str:
+    """The largest block stack whose outputs all have a base, or the reason why there is none.
+
+    Neighbouring containers (FLUX's two-stream and one-stream blocks) join the heaviest one where nothing but reshaping lies
+    between them.
+    """
+    weights: dict[str, int] = defaultdict(int)
+    for piece in captured.pieces:
+        if piece.kind == "block":
+            weights[_container(piece.path)] += _parameters(captured, piece.inputs)
+    if not weights:
+        return "no repeated blocks were found in the graph"
+    main = max(weights, key=lambda name: weights[name])
+    members = [k for k, p in enumerate(captured.pieces) if p.kind == "block" and _container(p.path) == main]
+    inner = (members[0], members[-1] + 1)
+    wide = _extended(captured, *inner)
+    stacks = [_stack(captured, *span) for span in dict.fromkeys((wide, inner))]
+    carried = [stack for stack in stacks if None not in stack.bases]
+    return (carried or stacks[-1:])[0]
+
+
+def _container(path: str) -> str:
+    return path.rsplit(".", 1)[0]
+
+
+def _parameters(captured: Captured, slots: Sequence[int]) -> int:
+    known = [captured.inputs[s] for s in slots if s < len(captured.inputs)]
+    return sum(prod(item.fake.shape) for item in known if item.role == "parameter")
+
+
+def _extended(captured: Captured, first: int, end: int) -> tuple[int, int]:
+    """The span with adjacent blocks added, across glue that multiplies no matrices."""
+
+    def joins(index: int) -> bool:
+        piece = captured.pieces[index]
+        if piece.kind == "block":
+            return True
+        return piece.kind == "glue" and not any(is_matmul(n) for n in piece.body.gm.graph.nodes)
+
+    while first > 0 and joins(first - 1):
+        first -= 1
+    while end < len(captured.pieces) and joins(end):
+        end += 1
+    while captured.pieces[first].kind != "block":
+        first += 1
+    while captured.pieces[end - 1].kind != "block":
+        end -= 1
+    return first, end
+
+
+def _stack(captured: Captured, first: int, end: int) -> Stack:
+    written = {slot for piece in captured.pieces[first:end] for slot in piece.outputs}
+    read = {slot for piece in captured.pieces[end:] for slot in piece.inputs}
+    read |= {slot for slot in captured.outputs if isinstance(slot, int)}
+    outputs = tuple(sorted(written & read))
+    return Stack(first, end, outputs, tuple(_base(captured, first, end, slot) for slot in outputs))
+
+
+def _base(captured: Captured, first: int, end: int, slot: int) -> int | None:
+    """Follow a residual stream back through the stack to the slot where it entered."""
+    writer = {s: k for k in range(first, end) for s in captured.pieces[k].outputs}
+    wanted = _shape_of(captured, slot, writer)
+    while slot in writer:
+        previous = _continued(captured, first, end, writer, slot, wanted)
+        if previous is None:
+            return None
+        slot = previous
+    return slot
+
+
+def _continued(
+    captured: Captured, first: int, end: int, writer: dict[int, int], slot: int, wanted: object
+) -> int | None:
+    """The input of the writing piece that `slot` continues."""
+    index = writer[slot]
+    piece = captured.pieces[index]
+    position = piece.outputs.index(slot)
+    # Where equal blocks follow each other, the wiring between them says which input an output continues.
+    for a in range(first, end):
+        if captured.pieces[a].body is not piece.body:
+            continue
+        stream = captured.pieces[a].outputs[position]
+        for b in range(a + 1, end):
+            other = captured.pieces[b]
+            if other.body is piece.body and stream in other.inputs:
+                return piece.inputs[other.inputs.index(stream)]
+    candidates = [s for s in piece.inputs if not _is_weight(captured, s) and _shape_of(captured, s, writer) == wanted]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _is_weight(captured: Captured, slot: int) -> bool:
+    return slot < len(captured.inputs) and captured.inputs[slot].role in ("parameter", "buffer", "constant", "symbol")
+
+
+def _shape_of(captured: Captured, slot: int, writer: dict[int, int]) -> object:
+    if slot < len(captured.inputs):
+        value = captured.inputs[slot].fake
+    else:
+        piece = next(p for p in captured.pieces if slot in p.outputs)
+        value = fake_value(output_nodes(piece.body.gm)[piece.outputs.index(slot)])
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else None
