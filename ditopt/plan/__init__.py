@@ -1,5 +1,6 @@
 """The plan: data that names every choice, readable by people and checked before it is used."""
 
+from ditopt.plan.fingerprint import architecture_fingerprint, weights_fingerprint
 from ditopt.plan.plan import Plan
 from ditopt.plan.schema import (
     Block,
@@ -28,4 +29,6 @@ __all__ = [
     "SideFile",
     "SiteRecord",
     "Verification",
+    "architecture_fingerprint",
+    "weights_fingerprint",
 ]

@@ -1,0 +1,160 @@
+"""Measured costs on this machine: whole calls of the compiled model, and attention by density."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditopt.plan import Block, Cache, Phase, Plan
+from ditopt.profiling.loops import only_model
+from ditopt.profiling.schema import AttentionCost, Costs, Profile, SiteShape
+from ditopt.runtime import stats
+from ditopt.timing import time_interleaved, timed
+
+if TYPE_CHECKING:
+    from ditopt.progress import Progress
+    from ditopt.workload import Workload
+
+_DENSITIES = (1.0, 0.5, 0.25, 0.1)
+_ROUNDS = 7
+
+
+def measure_costs(workload: Workload, profile: Profile, progress: Progress) -> Costs:
+    """Time calls and attention; compiles the model once and the sparse executor once per shape."""
+    device = next(only_model(workload).parameters()).device
+    attention = []
+    shapes = sorted(set(profile.shapes.values()), key=lambda shape: shape.tokens)
+    for number, shape in enumerate(shapes):
+        attention.append(measure_attention(shape, profile.block, device))
+        progress("costs", number + 1, len(shapes) + 1)
+    times = timed_loop(workload, every_second_call(profile), seed=0)
+    progress("costs", len(shapes) + 1, len(shapes) + 1)
+    return Costs(
+        dense_call_ms=times.full_ms,
+        skip_call_ms=times.skip_ms if times.skipped else times.full_ms,
+        attention=tuple(attention),
+    )
+
+
+def every_second_call(profile: Profile) -> Plan:
+    """A plan that shows both kinds of call: dense ones, and reuse of the call before."""
+    calls = profile.sampler.calls
+    odd = range(1, calls, 2)
+    cache = Cache(full=tuple(range(0, calls, 2)), coefficients=dict.fromkeys(odd, (1.0,)))
+    return Plan(
+        model=profile.model,
+        sampler=profile.sampler,
+        hardware=profile.hardware,
+        phases=(Phase(calls=(0, calls)),),
+        cache=cache if odd else None,
+    )
+
+
+@dataclass(frozen=True)
+class LoopTimes:
+    """One sampling loop of a compiled model, call by call.
+
+    Attributes:
+        result: what the loop returned.
+        full_ms: median time of calls that ran the block stack; first calls, which compile, aside.
+        skip_ms: the same of calls that forecast it; 0 where there were none.
+        full: number of calls that ran it.
+        skipped: number of calls that forecast it.
+    """
+
+    result: Tensor
+    full_ms: float
+    skip_ms: float
+    full: int
+    skipped: int
+
+    @property
+    def seconds(self) -> float:
+        """The loop's time without compilation."""
+        return (self.full * self.full_ms + self.skipped * self.skip_ms) / 1e3
+
+
+def timed_loop(workload: Workload, plan: Plan, seed: int) -> LoopTimes:
+    """Compile a workload's model with a plan and time every call of one loop."""
+    return timed_loops(workload, plan, [seed])[0]
+
+
+def timed_loops(workload: Workload, plan: Plan, seeds: list[int]) -> list[LoopTimes]:
+    """Compile a workload's model with a plan and time every call of one loop per seed."""
+    model = only_model(workload)
+    # Dynamo keeps a few compiled variants of one function and then falls back to eager for good.
+    torch.compiler.reset()
+    options: dict[str, Any] = {"plan": plan}
+    compiled: Callable[..., Any] = torch.compile(model, backend="ditopt", options=options)
+    samples: dict[bool, list[float]] = {False: [], True: []}
+    loops = []
+    for seed in seeds:
+        counts = {False: 0, True: 0}
+
+        def denoiser(*args: Any, _counts: dict[bool, int] = counts, **kwargs: Any) -> Any:
+            before = stats(model)["skipped_steps"]
+            output, elapsed_ms = timed(lambda: compiled(*args, **kwargs))
+            skipped = stats(model)["skipped_steps"] > before
+            samples[skipped].append(elapsed_ms)
+            _counts[skipped] += 1
+            return output
+
+        result = workload.run(seed, dict.fromkeys(workload.models, denoiser))
+        loops.append((result, counts))
+    full_ms, skip_ms = (_median_after_first(samples[skipped]) for skipped in (False, True))
+    return [
+        LoopTimes(result, full_ms, skip_ms, counts[False], counts[True]) for result, counts in loops
+    ]
+
+
+def _median_after_first(samples_ms: list[float]) -> float:
+    return statistics.median(samples_ms[1:] or samples_ms or [0.0])
+
+
+def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> AttentionCost:
+    """Time dense attention and the compiled block-sparse executor on random data, interleaved."""
+    from ditopt.kernels.block_sparse_attention import flex
+
+    size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
+    dtype = getattr(torch, shape.dtype)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(3))
+    sparse = torch.compile(flex.block_sparse_attention, dynamic=False)
+    scale = shape.head_dim**-0.5
+    runs: dict[str, Callable[[], Any]] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
+    lists = {density: _random_lists(shape, block, density, generator) for density in _DENSITIES}
+    for density, (_, counts, ids) in lists.items():
+        on_device = (counts.to(device), ids.to(device))
+
+        def run(on_device: tuple[Tensor, Tensor] = on_device) -> Any:
+            return sparse(q, k, v, *on_device, block.q, block.k, scale)
+
+        runs[str(density)] = run
+    with torch.no_grad():
+        spreads = time_interleaved(runs, _ROUNDS)
+    return AttentionCost(
+        shape=shape,
+        dense_ms=spreads["dense"].median_ms,
+        sparse_ms=tuple(
+            (kept, spreads[str(density)].median_ms) for density, (kept, _, _) in lists.items()
+        ),
+    )
+
+
+def _random_lists(
+    shape: SiteShape, block: Block, density: float, generator: torch.Generator
+) -> tuple[float, Tensor, Tensor]:
+    """Block lists with equally long rows, and the density that they really have."""
+    rows, columns = (-(-shape.tokens // size) for size in (block.q, block.k))
+    count = max(1, round(density * columns))
+    order = torch.rand(1, shape.heads, rows, columns, generator=generator).argsort(-1)
+    ids = torch.zeros(order.shape, dtype=torch.int32)
+    ids[..., :count] = order[..., :count].sort(-1).values
+    counts = torch.full(order.shape[:-1], count, dtype=torch.int32)
+    return count / columns, counts, ids

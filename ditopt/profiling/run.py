@@ -1,0 +1,208 @@
+"""`profile`: measure a workload into a folder, seed by seed, so that nothing finished is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from ditopt.environment import device_name
+from ditopt.errors import FileError, ProfileError
+from ditopt.plan import (
+    Block,
+    Hardware,
+    ModelRecord,
+    Sampler,
+    architecture_fingerprint,
+    weights_fingerprint,
+)
+from ditopt.profiling.cost import measure_costs
+from ditopt.profiling.loops import (
+    Observe,
+    layout_of,
+    observed_loop,
+    only_model,
+    plain_loop,
+    sampler_of,
+)
+from ditopt.profiling.observer import ProfileObserver
+from ditopt.profiling.schema import PROFILE_NAME, Costs, Profile, has_seed
+from ditopt.progress import Progress, silent
+from ditopt.timing import timed
+from ditopt.workload import Workload
+
+MeasureCosts = Callable[[Workload, Profile, Progress], Costs]
+
+
+class ProfileSpec(BaseModel):
+    """How thoroughly to profile.
+
+    Attributes:
+        observed_calls: number of calls, spread over the loop, at which candidates are measured.
+        block: block sizes; null: 64 x 64 on the CPU, 128 x 128 on an accelerator.
+        memory_bytes: memory for residuals of the block stack; larger ones are sketched.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    observed_calls: int = Field(5, ge=1)
+    block: Block | None = None
+    memory_bytes: int = Field(1 << 30, ge=1 << 20)
+
+
+def profile(
+    workload: Workload,
+    out: str | os.PathLike[str],
+    seeds: int = 2,
+    progress: Progress = silent,
+    spec: ProfileSpec | None = None,
+    *,
+    observe: Observe | None = None,
+    measure: MeasureCosts = measure_costs,
+) -> Profile:
+    """Measure one workload into a folder; interrupted runs resume, finished seeds are kept.
+
+    Args:
+        workload: a model and its denoising loop.
+        out: folder for profile.json and the tensors of each seed.
+        seeds: how many; they are 0, 1, ...
+        progress: told what happens, first how long it will take and how much memory it needs.
+        spec: how thoroughly.
+        observe: shows the canonical graph to an observer; `capture.observe` by default.
+        measure: measures the costs once all seeds are recorded.
+
+    Raises:
+        ProfileError: no seed, several denoisers, a value that is not finite (names the call and the
+            site), or a folder with the profile of something else (names what differs).
+        FileError: the operating system refuses to write; nothing is overwritten.
+    """
+    if seeds < 1:
+        raise ProfileError(f"seeds: expected at least 1, got {seeds}")
+    spec = spec or ProfileSpec()
+    model, folder = only_model(workload), Path(out)
+    existing = _existing(folder)
+    (trace, inputs), loop_ms = timed(lambda: plain_loop(workload))
+    block = spec.block or _default_block(model)
+    observer = ProfileObserver(
+        layout_of(workload, inputs),
+        block,
+        trace.calls_per_branch,
+        _spread(trace.calls_per_branch, spec.observed_calls),
+        trace.branches,
+        spec.memory_bytes,
+    )
+    draft = _describe(workload, model, sampler_of(trace), observer, seeds)
+    if existing is not None:
+        _refuse_other(existing, draft)
+    _announce(progress, seeds, loop_ms, spec)
+    finished = [n for n in (existing.finished if existing else ()) if has_seed(folder, n)]
+    for seed in range(seeds):
+        if seed not in finished:
+            observed_loop(workload, seed, trace, observer, observe or _observe).save(folder, seed)
+            finished.append(seed)
+            existing = _describe(workload, model, draft.sampler, observer, seeds)
+            existing = existing.model_copy(update={"finished": tuple(sorted(finished))})
+            existing.save(folder)
+        progress("profile", seed + 1, seeds + 1)
+    assert existing is not None
+    update = {"seeds": draft.seeds, "hardware": draft.hardware, "costs": existing.costs}
+    if existing.costs is None or existing.hardware != draft.hardware:
+        update["costs"] = measure(workload, existing, progress)
+    done = existing.model_copy(update=update)
+    done.save(folder)
+    progress("profile", seeds + 1, seeds + 1)
+    return done
+
+
+def describe_hardware(device: torch.device) -> Hardware:
+    """The device that a model runs on, as recorded in profiles and plans."""
+    return Hardware(
+        device=device.type,
+        name=device_name(device),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _default_block(model: nn.Module) -> Block:
+    # FlexAttention wants query blocks of 128 on CUDA; smaller ones follow patterns more closely.
+    size = 64 if next(model.parameters()).device.type == "cpu" else 128
+    return Block(q=size, k=size)
+
+
+def _observe(model: nn.Module, observer: ProfileObserver) -> Callable[..., Any]:
+    from ditopt import capture  # the compiler stack loads only when it is used
+
+    return capture.observe(model, observer)
+
+
+def _spread(calls: int, count: int) -> list[int]:
+    """`count` call indices, the first and the last among them."""
+    positions = torch.linspace(0, calls - 1, min(count, calls), dtype=torch.float64)
+    return [int(position) for position in positions.round()]
+
+
+def _existing(folder: Path) -> Profile | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot create {str(folder)!r}: {error.strerror or error}") from error
+    return Profile.load(folder) if (folder / PROFILE_NAME).exists() else None
+
+
+def _describe(
+    workload: Workload,
+    model: nn.Module,
+    sampler: Sampler,
+    observer: ProfileObserver,
+    seeds: int,
+) -> Profile:
+    """What is known so far; sites and candidates are met in the first observed loop."""
+    return Profile(
+        model=ModelRecord(
+            architecture=architecture_fingerprint(model),
+            weights=weights_fingerprint(model),
+            name=type(model).__name__,
+            sites=tuple(observer.sites.values()),
+        ),
+        sampler=sampler,
+        hardware=describe_hardware(next(model.parameters()).device),
+        layout=observer.layout,
+        block=observer.block,
+        candidates=observer.candidates,
+        shapes=observer.shapes,
+        observed_calls=observer.observed_calls,
+        data_range=workload.data_range,
+        seeds=tuple(range(seeds)),
+        notes=tuple(f"{site} stays dense: {why}" for site, why in observer.left_dense.items()),
+    )
+
+
+def _refuse_other(existing: Profile, draft: Profile) -> None:
+    """Resume only what is the same; sites and candidates follow from what is compared."""
+    pairs: Mapping[str, tuple[object, object]] = {
+        "model.architecture": (existing.model.architecture, draft.model.architecture),
+        "model.weights": (existing.model.weights, draft.model.weights),
+        **{
+            name: (getattr(existing, name), getattr(draft, name))
+            for name in ("sampler", "layout", "block", "observed_calls", "data_range")
+        },
+    }
+    for field, (before, now) in pairs.items():
+        if before != now:
+            raise ProfileError(
+                f"the folder holds the profile of something else: {field} differs",
+                remedy="Profile into another folder, or delete this one.",
+            )
+
+
+def _announce(progress: Progress, seeds: int, loop_ms: float, spec: ProfileSpec) -> None:
+    """Time from the plain loop: observing doubles it, costs take about one more and compilation."""
+    seconds = loop_ms / 1e3 * (2 * seeds + 1) + 60
+    memory = spec.memory_bytes / (1 << 20)
+    progress(f"profile: about {seconds:.0f} s, up to {memory:.0f} MiB for residuals", 0, seeds + 1)

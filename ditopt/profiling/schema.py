@@ -1,0 +1,233 @@
+"""What a profile directory holds: profile.json (version 1) and one tensor file per seed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ditopt import files
+from ditopt.errors import FileError, ProfileError
+from ditopt.layout import TokenLayout
+from ditopt.patterns import HeadPattern
+from ditopt.plan import Block, Hardware, ModelRecord, Sampler
+
+PROFILE_NAME = "profile.json"
+
+_Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Density = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiteShape(_Part):
+    """Operands of one profiled attention site: q, k and v are [batch, heads, tokens, head_dim]."""
+
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
+    dtype: str
+
+
+class AttentionCost(_Part):
+    """Measured time of one attention shape.
+
+    Attributes:
+        dense_ms: dense scaled-dot-product attention.
+        sparse_ms: (density, milliseconds) of the block-sparse executor, all heads in one call.
+    """
+
+    shape: SiteShape
+    dense_ms: _Milliseconds
+    sparse_ms: Annotated[tuple[tuple[_Density, _Milliseconds], ...], Field(min_length=2)]
+
+
+class Costs(_Part):
+    """Measured times on the profile's hardware.
+
+    Attributes:
+        dense_call_ms: one compiled call of the model that computes everything.
+        skip_call_ms: one call that forecasts the block stack.
+        attention: one table for each distinct shape of profiled sites.
+    """
+
+    dense_call_ms: _Milliseconds
+    skip_call_ms: _Milliseconds
+    attention: tuple[AttentionCost, ...]
+
+
+class Profile(_Part):
+    """Everything measured about one workload but the tensors.
+
+    Attributes:
+        ditopt_profile: version of this schema.
+        model: the model and all its attention sites.
+        sampler: its denoising loop.
+        hardware: where costs were measured.
+        layout: token grid, or null where it is unknown.
+        block: block sizes that the candidates were rounded up to.
+        candidates: patterns whose errors were measured, the same for every profiled site.
+        shapes: operands of each profiled site; sites not listed stay dense.
+        observed_calls: call indices at which candidate errors were measured.
+        data_range: width of the result's value range for PSNR; null: `metrics.value_range` decides.
+        seeds: seeds that were asked for.
+        finished: those that have been recorded.
+        costs: measured times; null until all seeds are recorded.
+        notes: what was left out, and why.
+    """
+
+    ditopt_profile: Literal[1] = 1
+    model: ModelRecord
+    sampler: Sampler
+    hardware: Hardware
+    layout: TokenLayout | None
+    block: Block
+    candidates: tuple[HeadPattern, ...]
+    shapes: dict[str, SiteShape]
+    observed_calls: tuple[int, ...]
+    data_range: float | None
+    seeds: tuple[int, ...]
+    finished: tuple[int, ...] = ()
+    costs: Costs | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every seed and the costs are there."""
+        return self.costs is not None and set(self.seeds) <= set(self.finished)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read profile.json; it may still be incomplete.
+
+        Raises:
+            ProfileError: malformed, or of another version.
+            FileError: there is none.
+        """
+        text = files.read_text(Path(folder) / PROFILE_NAME)
+        try:
+            return cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise ProfileError(
+                f"{PROFILE_NAME}: {field}: {first['msg']}", remedy="Profile into a new folder."
+            ) from error
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write profile.json atomically."""
+        files.write_json(Path(folder) / PROFILE_NAME, self.model_dump(mode="json"))
+
+
+class SeedRecord(BaseModel):
+    """Tensors of one seed, float64 on the CPU; T calls per branch, O observed calls.
+
+    Attributes:
+        squared_error: per site [O, H, C], summed over batch, tokens, channels and branches.
+        squared_norm: per site [O, H], of the dense output.
+        gram: [T, T] inner products of the stack's residuals, summed over outputs and branches.
+        hidden_energy: [T] squared norm of the stack's outputs, summed likewise.
+        step_energy: [T] mean squared change of the sampled tensor that call t leads to.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
+
+    squared_error: dict[str, Tensor]
+    squared_norm: dict[str, Tensor]
+    gram: Tensor
+    hidden_energy: Tensor
+    step_energy: Tensor
+
+    def save(self, folder: Path, seed: int) -> None:
+        """Write `seed_<n>.safetensors` atomically."""
+        tensors = {name: getattr(self, name) for name in ("gram", "hidden_energy", "step_energy")}
+        for site in self.squared_error:
+            tensors[f"squared_error/{site}"] = self.squared_error[site]
+            tensors[f"squared_norm/{site}"] = self.squared_norm[site]
+        with files.atomic_path(_seed_path(folder, seed)) as temporary:
+            temporary.write_bytes(safetensors.torch.save(tensors))
+
+    @classmethod
+    def load(cls, folder: Path, seed: int, profile: Profile) -> SeedRecord:
+        """Read and check one seed's tensors.
+
+        Raises:
+            ProfileError: missing, truncated, not finite, or of other sizes than the profile says.
+        """
+        path = _seed_path(folder, seed)
+        try:
+            tensors = safetensors.torch.load(path.read_bytes())
+            record = cls(
+                squared_error={s: tensors[f"squared_error/{s}"] for s in profile.shapes},
+                squared_norm={s: tensors[f"squared_norm/{s}"] for s in profile.shapes},
+                **{name: tensors[name] for name in ("gram", "hidden_energy", "step_energy")},
+            )
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ProfileError(
+                f"{path.name} is missing or damaged: {error}",
+                remedy=f"Delete {path.name} and profile again; the other seeds are kept.",
+            ) from error
+        record._check(path.name, profile)
+        return record
+
+    def _check(self, name: str, profile: Profile) -> None:
+        calls, observed = profile.sampler.calls, len(profile.observed_calls)
+        expected: dict[str, tuple[tuple[int, ...], Tensor]] = {
+            "gram": ((calls, calls), self.gram),
+            "hidden_energy": ((calls,), self.hidden_energy),
+            "step_energy": ((calls,), self.step_energy),
+        }
+        for site, shape in profile.shapes.items():
+            heads, choices = shape.heads, len(profile.candidates)
+            expected[f"squared_error/{site}"] = (
+                (observed, heads, choices),
+                self.squared_error[site],
+            )
+            expected[f"squared_norm/{site}"] = ((observed, heads), self.squared_norm[site])
+        for field, (sizes, tensor) in expected.items():
+            if tuple(tensor.shape) != sizes or not bool(torch.isfinite(tensor).all()):
+                raise ProfileError(
+                    f"{name}: {field}: expected finite values of shape {sizes}, "
+                    f"got shape {tuple(tensor.shape)}",
+                    remedy=f"Delete {name} and profile again; the other seeds are kept.",
+                )
+
+
+def has_seed(folder: Path, seed: int) -> bool:
+    """Whether a seed's file is there; it is renamed into place only when it is whole."""
+    return _seed_path(folder, seed).is_file()
+
+
+def load_complete(folder: str | os.PathLike[str]) -> tuple[Profile, list[SeedRecord]]:
+    """A finished profile with the tensors of its seeds.
+
+    Raises:
+        ProfileError: no profile, half a profile, or a damaged file, with what to do about it.
+    """
+    path = Path(folder)
+    try:
+        profile = Profile.load(path)
+    except FileError as error:
+        raise ProfileError(
+            f"{str(path)!r} holds no profile", remedy="Run `ditopt profile` into this folder first."
+        ) from error
+    if not profile.complete:
+        raise ProfileError(
+            f"{str(path)!r} is half written: {len(profile.finished)} of {len(profile.seeds)} seeds "
+            f"are recorded, costs are {'not ' if profile.costs is None else ''}measured",
+            remedy="Run the same `ditopt profile` again; it resumes.",
+        )
+    return profile, [SeedRecord.load(path, seed, profile) for seed in profile.seeds]
+
+
+def _seed_path(folder: Path, seed: int) -> Path:
+    return folder / f"seed_{seed}.safetensors"
