@@ -62,6 +62,7 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m ditopt.config > docs/env_vars.md
+	$(BIN)/python benchmarks/readme_table.py
 
 bench: $(READY)
 	$(BIN)/ditopt demo --json benchmarks/results/demo_$$($(BIN)/python -c \

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], None]
 """`progress(task, done, total)`: `done` of `total` units of the named task are finished."""
+
+LOG_INTERVAL_S = 5.0
+"""Where there is no terminal, at most one line of progress in this time."""
 
 
 def silent(task: str, done: int, total: int) -> None:
@@ -15,13 +19,17 @@ def silent(task: str, done: int, total: int) -> None:
 
 @contextmanager
 def terminal_progress() -> Iterator[Progress]:
-    """Progress bars on standard error, one for each task, gone when the block ends."""
+    """Progress on standard error: bars that vanish on a terminal, a line now and then in a log."""
     from rich.console import Console  # only the terminal needs it
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _log_lines(console.print)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Bars(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
+    with Bars(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
         tasks = {}
 
         def report(task: str, done: int, total: int) -> None:
@@ -30,3 +38,15 @@ def terminal_progress() -> Iterator[Progress]:
             bars.update(tasks[task], completed=done, total=total)
 
         yield report
+
+
+def _log_lines(write: Callable[[str], None]) -> Progress:
+    last = time.monotonic()
+
+    def report(task: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_INTERVAL_S:
+            write(f"{task}: {done} of {total}")
+            last = time.monotonic()
+
+    return report

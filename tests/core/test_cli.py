@@ -1,0 +1,238 @@
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+from typer.testing import CliRunner
+
+from ditopt import cli
+from ditopt.bench import BenchResult, Row
+from ditopt.errors import DitoptWarning, PlanError, ProfileError, VerificationError
+from ditopt.report import Decision
+
+COMMANDS = ("inspect", "profile", "plan", "explain", "bench", "demo")
+WORKLOAD = """
+import torch
+from ditopt import Workload
+
+def workload():
+    return Workload(torch.nn.Identity().eval(), lambda model, seed: model(torch.ones(4, 4)))
+"""
+
+
+@pytest.fixture
+def workload(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(WORKLOAD)
+    return str(path)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Put functions in the place of a ditopt module that a command imports when it runs."""
+
+    def install(module, **functions):
+        stand_in = types.SimpleNamespace(**functions)
+        monkeypatch.setitem(sys.modules, f"ditopt.{module}", stand_in)
+
+    return install
+
+
+def invoke(*args):
+    return CliRunner().invoke(cli.app, args, catch_exceptions=False)
+
+
+def run_main(monkeypatch, *args):
+    """The exit code of the installed `ditopt` command."""
+    monkeypatch.setattr(sys, "argv", ["ditopt", *args])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code
+
+
+def row(variant, ms, psnr_db):
+    fields = {"ssim": 0.99, "max_error": 0.1, "compile_s": 3.0, "peak_bytes": 2**20}
+    ran = {"full_steps": 12, "skipped_steps": 8}
+    return Row(variant, ms, ms and 1.0, psnr_db, psnr_db, **fields, seeds=(7,), ran=ran)
+
+
+def measured(*failures):
+    ms = (None, None) if failures else (2000.0, 1000.0)
+    where = {
+        "workload": "toy",
+        "name": "CPU",
+        "threads": 2,
+        "torch": "2.13.0",
+        "date": "2026-01-01",
+    }
+    rows = (
+        row("eager", ms[0], None),
+        row("inductor", ms[0], 90.0),
+        row("ditopt+plan", ms[1], 31.0),
+    )
+    return BenchResult(where, rows, failures)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_json(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.output
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from ditopt.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'numpy', 'pydantic', 'diffusers') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_a_missing_file_ends_with_one_line_and_code_2(command, monkeypatch, capsys):
+    assert run_main(monkeypatch, command, "nowhere.py") == 2
+    assert capsys.readouterr().err == "ditopt: no such file: 'nowhere.py'\n"
+
+
+def test_a_missing_argument_ends_with_code_2(monkeypatch, capsys):
+    assert run_main(monkeypatch, "profile", "mine.py") == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_an_error_inside_a_backend_is_found(workload, fake, monkeypatch, capsys):
+    class BackendCompilerFailed(RuntimeError):
+        inner_exception = PlanError("the plan is for another model")
+
+    def fails(*args):
+        raise BackendCompilerFailed("long story")
+
+    fake("torch_backend", explain=fails)
+    fake("plan", Plan=types.SimpleNamespace(load=lambda path: None))
+    assert run_main(monkeypatch, "explain", workload, "--plan", "plan.yaml") == 2
+    assert capsys.readouterr().err == "ditopt: the plan is for another model\n"
+
+
+def test_a_bug_keeps_its_traceback(workload, fake, monkeypatch):
+    def fails(workload):
+        raise ZeroDivisionError
+
+    fake("capture", inspect_workload=fails)
+    monkeypatch.setattr(sys, "argv", ["ditopt", "inspect", workload])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_inspect_prints_a_table_or_json(workload, fake):
+    report = types.SimpleNamespace(table=lambda: "a table", to_json=lambda: {"sites": []})
+    fake("capture", inspect_workload=lambda workload: report)
+    assert invoke("inspect", workload).output == "a table\n"
+    assert json.loads(invoke("inspect", workload, "--json", "-").output) == {"sites": []}
+
+
+def test_profile_passes_its_options_on(workload, fake, tmp_path):
+    seen = {}
+
+    def profile(workload, out, seeds, progress):
+        seen.update(name=workload.title, out=out, seeds=seeds)
+        progress("profile", 1, 2)
+        return types.SimpleNamespace(model_dump=lambda mode: {"seeds": [0]})
+
+    fake("profiling", profile=profile)
+    target = tmp_path / "out.json"
+    result = invoke("profile", workload, "-o", "prof", "--seeds", "3", "--json", str(target))
+    assert result.output == "Profile written to prof.\n"
+    assert (seen["name"], str(seen["out"]), seen["seeds"]) == ("Identity", "prof", 3)
+    assert json.loads(target.read_text()) == {"seeds": [0]}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), {"min_psnr_db": 30.0, "target_speedup": None}),
+        (("--min-psnr", "35"), {"min_psnr_db": 35.0, "target_speedup": None}),
+        (("--target-speedup", "2"), {"min_psnr_db": None, "target_speedup": 2.0}),
+    ],
+)
+def test_plan_has_one_goal(options, expected, fake):
+    seen = {}
+
+    def search(profile_dir, goal, out, progress):
+        seen.update(goal)
+        return types.SimpleNamespace(model_dump=lambda mode: {})
+
+    fake("search", plan_from_profile=search)
+    fake("plan", Goal=dict)
+    result = invoke("plan", "prof", "-o", "plan.yaml", *options)
+    assert "Plan written to plan.yaml." in result.output
+    assert seen == expected
+
+
+def test_two_goals_are_refused(fake, monkeypatch, capsys):
+    fake("search", plan_from_profile=None)
+    goals = ("--min-psnr", "30", "--target-speedup", "2")
+    assert run_main(monkeypatch, "plan", "prof", "-o", "plan.yaml", *goals) == 2
+    assert "exactly one of min_psnr_db and target_speedup" in capsys.readouterr().err
+
+
+def test_explain_prints_decisions(workload, fake):
+    decision = Decision("blocks.0", "fuse", True, "q, k and v read one tensor")
+    fake("torch_backend", explain=lambda workload, plan: [decision])
+    fake("plan", Plan=types.SimpleNamespace(load=lambda path: None))
+    written = json.loads(invoke("explain", workload, "--plan", "p.yaml", "--json", "-").output)
+    assert written["decisions"][0]["reason"] == "q, k and v read one tensor"
+
+
+def test_bench_prints_the_noise_floor_and_the_speedup(workload, fake, monkeypatch):
+    fake("bench", bench=lambda *args, **kwargs: measured(), FIRST_SEED=1000)
+    monkeypatch.setenv("COLUMNS", "160")
+    output = invoke("bench", workload).output
+    assert "Noise floor, torch.compile against eager: PSNR 90.0 dB." in output
+    assert "2.00x" in output
+    assert "12 / 8" in output
+
+
+def test_bench_takes_a_number_of_seeds(workload, fake):
+    seen = {}
+    fake("bench", bench=lambda *a, **k: seen.update(k) or measured(), FIRST_SEED=1000)
+    invoke("bench", workload, "--seeds", "2")
+    assert list(seen["seeds"]) == [1000, 1001]
+
+
+def test_a_failed_gate_shows_quality_but_no_speed(workload, fake, monkeypatch, capsys, tmp_path):
+    target = tmp_path / "bench.json"
+    fake("bench", bench=lambda *args, **kwargs: measured("goal missed"), FIRST_SEED=1000)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run_main(monkeypatch, "bench", workload, "--json", str(target)) == 2
+    captured = capsys.readouterr()
+    assert "withheld" in captured.out
+    assert "31.0 dB" in captured.out
+    assert captured.err == "ditopt: goal missed. Speeds are withheld.\n"
+    assert json.loads(target.read_text())["rows"][0]["ms"] is None
+
+
+def test_the_demo_needs_a_source_checkout(monkeypatch, tmp_path):
+    import ditopt
+    from ditopt.demo import demo_workload
+
+    monkeypatch.setattr(ditopt, "__file__", str(tmp_path / "site-packages" / "ditopt" / "x.py"))
+    with pytest.raises(Exception, match="Clone the repository and run `make demo`"):
+        demo_workload()
+
+
+def test_warnings_of_ditopt_take_one_line():
+    text = cli._format_warning(DitoptWarning("quality not verified"), DitoptWarning, "f.py", 3)
+    assert text == "warning: quality not verified\n"
+    assert "f.py:3" in cli._format_warning("old", DeprecationWarning, "f.py", 3)
+
+
+def test_causes_are_found_through_chains():
+    wrapped = RuntimeError("outer")
+    wrapped.__cause__ = ProfileError("0 seeds")
+    assert isinstance(cli._find_cause(wrapped), ProfileError)
+    assert cli._find_cause(RuntimeError("alone")) is None
+    assert isinstance(cli._find_cause(VerificationError("x")), VerificationError)
