@@ -36,27 +36,33 @@ def _locate(order_ptr, tile, q_blocks, heads, HAS_ORDER: gl.constexpr):  # type:
 
 @gluon.jit
 def _produce(  # type: ignore[no-untyped-def]
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    counts_ptr, ids_ptr, order_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
     heads, q_blocks, tiles, width, programs,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, HAS_ORDER: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = k_smem.shape[4]
+    note: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     it = 0
     nth = 0
-    for tile in range(gl.program_id(0), tiles, programs):
+    tile = gl.program_id(0)
+    while tile < tiles:
+        # The next tile is asked for a whole tile ahead, so that nobody waits for the counter.
+        following = gl.atomic_add(counter_ptr, 1) + programs
         b, h, row = _locate(order_ptr, tile, q_blocks, heads, HAS_ORDER)
         count = gl.load(counts_ptr + b * stride_cb + h * stride_ch + row)
         count = gl.minimum(gl.maximum(count, 0), width)
         base = ids_ptr + b.to(gl.int64) * stride_ib + h.to(gl.int64) * stride_ih + row.to(gl.int64) * stride_iq
         q_slot = nth % Q_STAGES
         mbarrier.wait(q_empty.index(q_slot), ((nth // Q_STAGES) & 1) ^ 1)
+        tile_smem.index(q_slot).store(gl.full([1], tile, gl.int32, note))
         mbarrier.expect(q_full.index(q_slot), 2 * 64 * D * 2)
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(
                 q_desc, [b, h, row * 128 + half * 64, 0], q_full.index(q_slot), q_smem.index(q_slot * 2 + half)
             )
         nth += 1
+        tile = following
         for j in range(0, count):
             start = gl.load(base + (count - 1 - j)) * BLOCK_N
             slot = it % STAGES
@@ -68,15 +74,19 @@ def _produce(  # type: ignore[no-untyped-def]
             mbarrier.expect(v_full.index(slot), BLOCK_N * D * 2)
             tma.async_copy_global_to_shared(v_desc, [b, h, start, 0], v_full.index(slot), v_smem.index(slot))
             it += 1
+    q_slot = nth % Q_STAGES
+    mbarrier.wait(q_empty.index(q_slot), ((nth // Q_STAGES) & 1) ^ 1)
+    tile_smem.index(q_slot).store(gl.full([1], tiles, gl.int32, note))
+    mbarrier.arrive(q_full.index(q_slot), count=1)
 
 
 @gluon.jit
 def _consume(  # type: ignore[no-untyped-def]
-    o_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    counts_ptr, ids_ptr, order_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
+    o_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
     heads, q_blocks, tiles, width, programs, n_k, qk_scale,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, HAS_ORDER: gl.constexpr,
-    HALF: gl.constexpr,
+    PINGPONG: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = k_smem.shape[4]
     dtype: gl.constexpr = k_smem.dtype
@@ -87,13 +97,18 @@ def _consume(  # type: ignore[no-untyped-def]
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     it = 0
     nth = 0
-    for tile in range(gl.program_id(0), tiles, programs):
+    turns = 0
+    if PINGPONG and HALF == 1:
+        mbarrier.arrive(turn.index(0), count=1)
+    note: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(q_full.index(0), 0)
+    tile = gl.max(tile_smem.index(0).load(note), 0)
+    while tile < tiles:
         b, h, row = _locate(order_ptr, tile, q_blocks, heads, HAS_ORDER)
         count = gl.load(counts_ptr + b * stride_cb + h * stride_ch + row)
         count = gl.minimum(gl.maximum(count, 0), width)
         base = ids_ptr + b.to(gl.int64) * stride_ib + h.to(gl.int64) * stride_ih + row.to(gl.int64) * stride_iq
         q_slot = nth % Q_STAGES
-        mbarrier.wait(q_full.index(q_slot), (nth // Q_STAGES) & 1)
         q = q_smem.index(q_slot * 2 + HALF).reshape([64, D])
         o = gl.zeros([64, D], gl.float32, o_layout)
         l = gl.zeros([64], gl.float32, s_row)
@@ -114,10 +129,14 @@ def _consume(  # type: ignore[no-untyped-def]
             p = gl.exp2(s * qk_scale - m[:, None])
             l = gl.sum(p, 1)
             p = gl.convert_layout(p.to(dtype), p_layout)
-            for _ in range(1, count):
+            following = it + 1
+            mbarrier.wait(k_full.index(following % STAGES), (following // STAGES) & 1, count > 1)
+            for j in range(1, count):
                 following = it + 1
                 next_slot = following % STAGES
-                mbarrier.wait(k_full.index(next_slot), (following // STAGES) & 1)
+                if PINGPONG:
+                    mbarrier.wait(turn.index(HALF), turns & 1)
+                    turns += 1
                 s = warpgroup_mma(
                     q, k_smem.index(next_slot).reshape([BLOCK_N, D]).permute((1, 0)), zero,
                     use_acc=False, is_async=True,
@@ -125,6 +144,8 @@ def _consume(  # type: ignore[no-untyped-def]
                 slot = it % STAGES
                 mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
                 o = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, D]), o, is_async=True)
+                if PINGPONG:
+                    mbarrier.arrive(turn.index(1 - HALF), count=1)
                 s = warpgroup_mma_wait(1, (s,))
                 mbarrier.arrive(k_empty.index(next_slot), count=1)
                 m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
@@ -132,9 +153,13 @@ def _consume(  # type: ignore[no-untyped-def]
                 m = m_new
                 pf = gl.exp2(s * qk_scale - m[:, None])
                 l = l * alpha + gl.sum(pf, 1)
+                p_next = gl.convert_layout(pf.to(dtype), p_layout)
+                # This wait also keeps ptxas from moving the next one above the softmax.
+                after = it + 2
+                mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, j + 1 < count)
                 o = warpgroup_mma_wait(0, (o,))
                 mbarrier.arrive(v_empty.index(slot), count=1)
-                p = gl.convert_layout(pf.to(dtype), p_layout)
+                p = p_next
                 o = o * gl.convert_layout(alpha, o_row)[:, None]
                 it = following
             slot = it % STAGES
@@ -153,20 +178,26 @@ def _consume(  # type: ignore[no-untyped-def]
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(q_slot), count=1)
         nth += 1
+        q_slot = nth % Q_STAGES
+        mbarrier.wait(q_full.index(q_slot), (nth // Q_STAGES) & 1)
+        tile = gl.max(tile_smem.index(q_slot).load(note), 0)
 
 
 @gluon.jit
 def _forward(  # type: ignore[no-untyped-def]
-    q_desc, k_desc, v_desc, o_desc, counts_ptr, ids_ptr, order_ptr,
+    q_desc, k_desc, v_desc, o_desc, counts_ptr, ids_ptr, order_ptr, counter_ptr,
     stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
     heads, q_blocks, tiles, width, programs, n_k, qk_scale,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    HAS_ORDER: gl.constexpr,
+    HAS_ORDER: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [2 * Q_STAGES, 1, 1, 64, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
+    tile_smem = gl.allocate_shared_memory(
+        gl.int32, [Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    )
     bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar_layout)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar_layout)
@@ -182,24 +213,27 @@ def _forward(  # type: ignore[no-untyped-def]
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
-                o_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                counts_ptr, ids_ptr, order_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
+                o_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+                counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
                 heads, q_blocks, tiles, width, programs, n_k, qk_scale,
-                BLOCK_N, STAGES, Q_STAGES, HAS_ORDER, gl.constexpr(0),
+                BLOCK_N, STAGES, Q_STAGES, HAS_ORDER, PINGPONG, gl.constexpr(0),
             )),
             (_consume, (
-                o_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                counts_ptr, ids_ptr, order_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
+                o_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+                counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
                 heads, q_blocks, tiles, width, programs, n_k, qk_scale,
-                BLOCK_N, STAGES, Q_STAGES, HAS_ORDER, gl.constexpr(1),
+                BLOCK_N, STAGES, Q_STAGES, HAS_ORDER, PINGPONG, gl.constexpr(1),
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, counts_ptr, ids_ptr, order_ptr, stride_cb, stride_ch, stride_ib,
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib,
                 stride_ih, stride_iq, heads, q_blocks, tiles, width, programs,
                 BLOCK_N, STAGES, Q_STAGES, HAS_ORDER,
             )),
@@ -210,7 +244,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 def launch(  # type: ignore[no-untyped-def]
-    q, k, v, out, counts, ids, order, scale, block_k, stages, q_stages
+    q, k, v, out, counts, ids, order, scale, block_k, stages, q_stages, pingpong
 ) -> None:
     import torch
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -229,8 +263,8 @@ def launch(  # type: ignore[no-untyped-def]
     ids = ids.expand(b, h, -1, -1)
     _forward[(programs,)](
         q_desc, k_desc, v_desc, o_desc, counts, ids, order if order is not None else counts,
-        counts.stride(0), counts.stride(1), ids.stride(0), ids.stride(1), ids.stride(2),
+        torch.zeros(1, dtype=torch.int32, device=q.device), counts.stride(0), counts.stride(1), ids.stride(0), ids.stride(1), ids.stride(2),
         h, q_blocks, tiles, ids.shape[-1], programs, n_k, scale * 1.4426950408889634,
         BLOCK_N=block_k, D=d, STAGES=stages, Q_STAGES=q_stages, HAS_ORDER=order is not None,
-        num_warps=4,
+        PINGPONG=pingpong, num_warps=4,
     )  # fmt: skip
