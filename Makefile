@@ -1,7 +1,8 @@
 # Every target does its own set-up: it creates ./.venv, or reuses it, and installs the pinned versions.
 # Needed beforehand: Python 3.11 or 3.12, make and a C++ compiler. Another Python: make PYTHON=python3.12 test
 
-PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell command -v $(name))))
+# The first of these that really runs is taken; a version manager may list names that do not.
+PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3)
 BIN := .venv/bin
 READY := .venv/.ditopt-ready
 # PyPI's torch for Linux carries CUDA libraries of some GB; a machine without a GPU takes the CPU build
@@ -24,10 +25,12 @@ help:
 setup: $(READY)
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or 3.12"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "ditopt needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12 ..."; exit 1; }
-	$(PYTHON) -m venv .venv
+	@for python in $(PYTHONS); do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then exec $$python -m venv .venv; fi; \
+	done; \
+	echo "No Python 3.11 or 3.12 with the venv module among: $(PYTHONS)"; \
+	echo "Install one, or name it: make PYTHON=/path/to/python3.12 ..."; exit 1
 
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	@command -v c++ g++ clang++ >/dev/null || { echo "a C++ compiler is needed: install g++"; exit 1; }
