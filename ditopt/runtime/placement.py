@@ -65,7 +65,7 @@ def place(
     elif call == 0 and run.step > 0:
         # New inputs at the first timestep: the session's previous run has stopped early.
         run.restart()
-        run.branches[arrival.name] = branch
+        run.welcome(arrival.name, branch)
     return call
 
 
@@ -90,7 +90,7 @@ def _miscounted(schedule: StepSchedule, run: Trajectory, branch: Branch, arrival
     if not arrival.certain:
         return True
     if arrival.new:
-        sibling = run.step == 0 and len(run.branches) <= schedule.branches
+        sibling = run.step == 0 and run.arrived <= schedule.branches
         return not (run.fresh or sibling)
     return branch.recheck or branch.next < run.step
 

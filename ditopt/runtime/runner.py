@@ -48,8 +48,8 @@ class Programs:
         body: (inputs, carry, rest, phase) -> outputs: the block stack, with the choices of a phase.
             It must not write into `carry`.
         tail: (inputs, outputs, rest) -> the model's result. It may write into `outputs`.
-        base: for each output of the body the index of the carried tensor that it is a residual of,
-            or None.
+        base: for each output of the body the index of the carried tensor, of the same shape and
+            dtype, that the body adds to; None where there is none.
         roles: what the inputs mean to a sampling run.
     """
 
@@ -181,7 +181,7 @@ class StepRuntime:
             return outputs, None
         # New storage for each: the tail and later calls may write into the outputs.
         return outputs, tuple(
-            output.clone() if base is None else output - carry[base]
+            (output.clone() if base is None else output - carry[base]).detach()
             for output, base in zip(outputs, self.programs.base, strict=True)
         )
 

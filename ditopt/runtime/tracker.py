@@ -107,7 +107,9 @@ class TrajectoryTracker:
                 branch = None
             arrival = Arrival(session, name, timestep, branch is None, certain)
             if branch is None:
-                branch = run.branches[name] = Branch(seen, lease(inputs, roles))
+                named = session is not None and session.branch is not None
+                branch = Branch(seen, () if named else lease(inputs, roles))
+                run.welcome(name, branch)
             elif branch.identity != seen:
                 if branch.identity.weights != seen.weights:
                     branch.drop_residuals(Doubt.WEIGHTS_CHANGED)

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from ditopt.runtime.inputs import Identity
 
 
+# Guidance has two to four branches. More appear when a wrapper rebuilds the prompt at each call;
+# residuals stored for such branches are never read.
+_BRANCHES_PER_RUN = 8
+
+
 @dataclass(slots=True, eq=False)
 class Branch:
     """One guidance branch of one sampling run.
@@ -60,6 +65,7 @@ class Trajectory:
         leader: the branch that reached `step` first; a change of leader means that a branch has
             stopped being called or has come back.
         doubt: why nothing stored may be used until a run has passed in full; None when all is well.
+        arrived: number of branches that have appeared, those that are gone included.
         fresh: no call was ever made, so that the next one is call 0.
     """
 
@@ -67,7 +73,17 @@ class Trajectory:
     step: int = -1
     leader: Branch | None = None
     doubt: Doubt | None = None
+    arrived: int = 0
     fresh: bool = True
+
+    def welcome(self, name: Hashable, branch: Branch) -> None:
+        """Add a branch, and let go of those that cannot come back or are too many."""
+        for other in [key for key, known in self.branches.items() if known.expired]:
+            del self.branches[other]
+        if len(self.branches) >= _BRANCHES_PER_RUN:
+            del self.branches[next(iter(self.branches))]
+        self.branches[name] = branch
+        self.arrived += 1
 
     def restart(self) -> None:
         """Begin a new run with nothing stored."""
@@ -75,6 +91,7 @@ class Trajectory:
         self.step = -1
         self.leader = None
         self.doubt = None
+        self.arrived = 0
         self.fresh = True
 
     def distrust(self, doubt: Doubt, branch: Branch) -> None:

@@ -332,6 +332,36 @@ def test_rebuilt_prompts_of_two_branches_need_names(make_fake: Callable[..., Any
                 assert_extrapolates(fake, t, text)
 
 
+def test_rebuilt_prompts_in_a_session_do_not_pile_up(make_fake: Callable[..., Any]) -> None:
+    fake, kept = make_fake(make_schedule(2)), []
+    with session("a"):
+        for keep in (False, True):  # the wrapper may even hold on to what it rebuilds
+            for t in TIMESTEPS:
+                for value in (1.0, 2.0):
+                    kept.append(prompt(value))
+                    assert fake(latents(), t, kept[-1]) == "full"
+                    if not keep:
+                        kept.clear()
+            (run,) = fake.runtime.tracker._runs.values()
+            assert len(run.branches) == (8 if keep else 1)
+
+
+def test_prompt_rebuilt_once_after_the_first_step(
+    make_fake: Callable[..., Any], accelerator: list[float | None]
+) -> None:
+    fake, texts = make_fake(make_schedule(2)), [prompt(1.0), prompt(2.0)]
+    with session("a", calls=8):
+        for call, t in enumerate(TIMESTEPS):
+            if call == 1:
+                texts = [prompt(1.0), prompt(2.0)]
+            for text in texts:
+                how = fake(latents(), t, text)
+                assert how == ("full" if call == 2 else PLAN[call])
+                if how == "skip":
+                    assert_extrapolates(fake, t, text)
+    assert accelerator == [900.0, 900.0]
+
+
 def test_a_new_view_of_the_prompt_is_the_same_prompt(make_fake: Callable[..., Any]) -> None:
     fake, text = make_fake(make_schedule()), prompt()
     assert [fake(latents(), t, text[:]) for t in TIMESTEPS] == PLAN
