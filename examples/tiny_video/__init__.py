@@ -1,0 +1,1 @@
+"""The embedded default model: a small video Diffusion Transformer with trained weights."""
