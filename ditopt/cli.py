@@ -20,6 +20,8 @@ from ditopt.errors import DitoptError, DitoptWarning
 from ditopt.files import write_json
 from ditopt.progress import terminal_progress
 
+_MIN_WIDTH = 120  # columns; narrower tables would break every number in two
+
 _python_format = warnings.formatwarning
 
 app = typer.Typer(
@@ -159,7 +161,9 @@ def _show(table: RenderableType, value: Any, json_path: str | None) -> None:
     if json_path == "-":
         typer.echo(json.dumps(value, indent=2, allow_nan=False))
         return
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, _MIN_WIDTH)
+    console.print(table)
     if json_path is not None:
         write_json(json_path, value)
 
