@@ -68,8 +68,9 @@ def profile(
     from ditopt.profiling import profile as measure
     from ditopt.workload import load_workload
 
+    loaded = load_workload(workload)
     with terminal_progress() as progress:
-        result = measure(load_workload(workload), out, seeds=seeds, progress=progress)
+        result = measure(loaded, out, seeds, progress, source=loaded.origin)
     _show(f"Profile written to {out}.", result.model_dump(mode="json"), json_path)
 
 

@@ -51,10 +51,10 @@ def run_demo(out: Path, min_psnr_db: float, progress: Progress) -> tuple[BenchRe
     """
     workload = load_workload(demo_workload())
     make_folder(out)
-    profile(workload, out / "profile", progress=progress)
+    profile(workload, out / "profile", progress=progress, source=workload.origin)
     plan_path, picture = out / "plan.yaml", out / "dense_beside_optimized.png"
     goal = Goal(min_psnr_db=min_psnr_db)
-    plan = plan_from_profile(out / "profile", goal, plan_path, progress=progress)
+    plan = plan_from_profile(out / "profile", goal, plan_path, progress, workload)
 
     shown: dict[str, Frames] = {}
 

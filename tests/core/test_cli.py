@@ -137,8 +137,9 @@ def test_inspect_prints_a_table_or_json(workload, fake):
 def test_profile_passes_its_options_on(workload, fake, tmp_path):
     seen = {}
 
-    def profile(workload, out, seeds, progress):
-        seen.update(name=workload.title, out=out, seeds=seeds)
+    def profile(loaded, out, seeds, progress, source):
+        seen.update(name=loaded.title, out=out, seeds=seeds)
+        assert source == f"{workload}:workload"
         progress("profile", 1, 2)
         return types.SimpleNamespace(model_dump=lambda mode: {"seeds": [0]})
 
