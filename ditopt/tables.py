@@ -29,8 +29,8 @@ def bench_table(result: BenchResult) -> Group:
         table.add_row(*_cells(row, inductor))
     seeds = len(result.rows[0].seeds)
     lines = [
-        f"Speed is inductor's time over the variant's; {seeds} seeds, one interleaved round each.",
-        "PSNR (mean of decibels) and SSIM are against eager on the same seeds.",
+        "Speed is inductor's time over the variant's, from interleaved rounds.",
+        f"PSNR (mean of decibels) and SSIM are against eager on the same {seeds} seeds.",
         _noise_floor(result),
         f"{where['name']}, {where['threads']} threads, torch {where['torch']}, {where['date']}",
         *(f"withheld: {failure}" for failure in result.failures),

@@ -87,8 +87,20 @@ def test_variants_take_turns_in_changing_order():
         return lambda module: lambda x: order.append(name) or module(x)
 
     names = ("eager", "inductor", "ditopt")
-    bench(WORKLOAD, seeds=[1, 2], variants={name: noted(name) for name in names})
-    assert order[::3] == [*names, *names, "inductor", "ditopt", "eager"]
+    seen = []
+    result = bench(
+        WORKLOAD,
+        seeds=[1, 2],
+        variants={name: noted(name) for name in names},
+        observe=lambda variant, seed, result: seen.append((variant, seed)),
+    )
+    compiled, first, second, third = (order[i : i + 9 : 3] for i in range(0, 36, 9))
+    assert compiled == first == list(names)
+    assert second == ["inductor", "ditopt", "eager"]
+    assert third == ["ditopt", "eager", "inductor"]  # two seeds, timed in three rounds
+    assert seen[:3] == [(name, 1) for name in names]
+    assert len(seen) == 6
+    assert result.rows[0].seeds == (1, 2)
 
 
 def test_a_plan_below_its_goal_withholds_every_speed():

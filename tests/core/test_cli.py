@@ -111,7 +111,7 @@ def test_an_error_inside_a_backend_is_found(workload, fake, monkeypatch, capsys)
     def fails(*args):
         raise BackendCompilerFailed("long story")
 
-    fake("torch_backend", explain=fails)
+    fake("inspection", explain=fails)
     fake("plan", Plan=types.SimpleNamespace(load=lambda path: None))
     assert run_main(monkeypatch, "explain", workload, "--plan", "plan.yaml") == 2
     assert capsys.readouterr().err == "ditopt: the plan is for another model\n"
@@ -121,7 +121,7 @@ def test_a_bug_keeps_its_traceback(workload, fake, monkeypatch):
     def fails(workload):
         raise ZeroDivisionError
 
-    fake("capture", inspect_workload=fails)
+    fake("inspection", inspect_workload=fails)
     monkeypatch.setattr(sys, "argv", ["ditopt", "inspect", workload])
     with pytest.raises(ZeroDivisionError):
         cli.main()
@@ -129,7 +129,7 @@ def test_a_bug_keeps_its_traceback(workload, fake, monkeypatch):
 
 def test_inspect_prints_a_table_or_json(workload, fake):
     report = types.SimpleNamespace(table=lambda: "a table", to_json=lambda: {"sites": []})
-    fake("capture", inspect_workload=lambda workload: report)
+    fake("inspection", inspect_workload=lambda workload: report)
     assert invoke("inspect", workload).output == "a table\n"
     assert json.loads(invoke("inspect", workload, "--json", "-").output) == {"sites": []}
 
@@ -182,7 +182,7 @@ def test_two_goals_are_refused(fake, monkeypatch, capsys):
 
 def test_explain_prints_decisions(workload, fake):
     decision = Decision("blocks.0", "fuse", True, "q, k and v read one tensor")
-    fake("torch_backend", explain=lambda workload, plan: [decision])
+    fake("inspection", explain=lambda workload, plan: [decision])
     fake("plan", Plan=types.SimpleNamespace(load=lambda path: None))
     written = json.loads(invoke("explain", workload, "--plan", "p.yaml", "--json", "-").output)
     assert written["decisions"][0]["reason"] == "q, k and v read one tensor"
@@ -198,9 +198,9 @@ def test_bench_prints_the_noise_floor_and_the_speedup(workload, fake):
 
 def test_bench_takes_a_number_of_seeds(workload, fake):
     seen = {}
-    fake("bench", bench=lambda *a, **k: seen.update(k) or measured(), FIRST_SEED=1000)
+    fake("bench", bench=lambda *a, **k: seen.update(k) or measured(), FIRST_SEED=5000)
     invoke("bench", workload, "--seeds", "2")
-    assert list(seen["seeds"]) == [1000, 1001]
+    assert list(seen["seeds"]) == [5000, 5001]
 
 
 def test_a_failed_gate_shows_quality_but_no_speed(workload, fake, monkeypatch, capsys, tmp_path):
