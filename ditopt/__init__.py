@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ditopt.runtime import session as session
     from ditopt.runtime import stats as stats
     from ditopt.search import search as search
-    from ditopt.torch_backend import explain as explain
+    from ditopt.inspection import explain as explain
     from ditopt.workload import Workload as Workload
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _HOME = {
     "Plan": "ditopt.plan",
     "Workload": "ditopt.workload",
     "bench": "ditopt.bench",
-    "explain": "ditopt.torch_backend",
+    "explain": "ditopt.inspection",
     "invalidate": "ditopt.runtime",
     "profile": "ditopt.profiling",
     "search": "ditopt.search",

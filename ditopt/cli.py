@@ -50,7 +50,7 @@ MinPsnr = Annotated[
 @app.command()
 def inspect(workload: WorkloadSpec, json_path: JsonPath = None) -> None:
     """List the attention and linear sites of the model that the workload calls."""
-    from ditopt.capture import inspect_workload
+    from ditopt.inspection import inspect_workload
     from ditopt.workload import load_workload
 
     report = inspect_workload(load_workload(workload))
@@ -103,7 +103,7 @@ def explain(workload: WorkloadSpec, plan: PlanPath, json_path: JsonPath = None) 
     """Compile with a plan and tell each decision with its reason."""
     from ditopt.plan import Plan
     from ditopt.report import decision_table
-    from ditopt.torch_backend import explain as decide
+    from ditopt.inspection import explain as decide
     from ditopt.workload import load_workload
 
     decisions = decide(load_workload(workload), Plan.load(plan))

@@ -160,6 +160,16 @@ def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
+def data_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values reach the result; `type_as` and `empty_like` read only a type or a shape of theirs."""
+    name = target_name(node.target)
+    if name == "aten.type_as.default":
+        return node.all_input_nodes[:1]
+    if "_like" in name or name.startswith("aten.new_"):
+        return []
+    return node.all_input_nodes
+
+
 def producers(node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """Nearest ancestors of `node` for which `stop` holds; the walk does not pass them."""
     found: dict[fx.Node, None] = {}

@@ -29,6 +29,7 @@ _VIEWS = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten._to_copy.default, aten.clone.default,
     aten.contiguous.default, aten.alias.default, aten.detach.default, aten.to.dtype, aten.flatten.using_ints,
     aten.unflatten.int, aten.squeeze.default, aten.squeeze.dims, aten.t.default,
+    aten.type_as.default,
 }  # fmt: skip
 _MATMULS = {aten.matmul.default, aten.bmm.default}
 _POINTWISE = _VIEWS | {

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ditopt.workload import Denoiser, Workload
 
 Observe = Callable[[nn.Module, ProfileObserver], Callable[..., Any]]
-"""Runs a model's canonical graph and shows it to the observer, as `capture.observe` does."""
+"""Runs a model's canonical graph and shows it to the observer, as `ditopt.observe.observe` does."""
 
 
 def only_model(workload: Workload) -> nn.Module:

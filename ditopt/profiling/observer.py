@@ -31,6 +31,7 @@ class ObservedSite(SiteLike, Protocol):
 class ProfileObserver:
     """Collects candidate errors on some calls, and the block stack's residuals on all.
 
+    `ditopt.observe.observe` calls `suggest_layout` before the first attention, if it can infer a grid.
     Call `begin_call` before each call of the model and `begin_seed` before each sampling loop.
 
     Args:
@@ -63,6 +64,11 @@ class ProfileObserver:
         self._memory_bytes = memory_bytes
         self._keep: dict[int, Tensor] = {}
         self.begin_seed()
+
+    def suggest_layout(self, layout: TokenLayout) -> None:
+        """Adopt a token grid that was inferred from the graph, where the workload states none."""
+        if self.layout is None:
+            self.layout = layout
 
     def begin_seed(self) -> None:
         """Forget the sums of the sampling loop before; sites and candidates stay."""

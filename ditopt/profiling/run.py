@@ -11,15 +11,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from ditopt import files, fingerprint
 from ditopt.environment import device_name
-from ditopt.errors import FileError, ProfileError
+from ditopt.errors import ProfileError
 from ditopt.plan import (
     Block,
     Hardware,
     ModelRecord,
     Sampler,
-    architecture_fingerprint,
-    weights_fingerprint,
 )
 from ditopt.profiling.cost import measure_costs
 from ditopt.profiling.loops import (
@@ -62,6 +61,7 @@ def profile(
     progress: Progress = silent,
     spec: ProfileSpec | None = None,
     *,
+    source: str | None = None,
     observe: Observe | None = None,
     measure: MeasureCosts = measure_costs,
 ) -> Profile:
@@ -73,7 +73,8 @@ def profile(
         seeds: how many; they are 0, 1, ...
         progress: told what happens, first how long it will take and how much memory it needs.
         spec: how thoroughly.
-        observe: shows the canonical graph to an observer; `capture.observe` by default.
+        source: how `load_workload` finds the workload again, for a search in another process.
+        observe: shows the canonical graph to an observer; `ditopt.observe.observe` by default.
         measure: measures the costs once all seeds are recorded.
 
     Raises:
@@ -96,7 +97,7 @@ def profile(
         trace.branches,
         spec.memory_bytes,
     )
-    draft = _describe(workload, model, sampler_of(trace), observer, seeds)
+    draft = _describe(workload, model, sampler_of(trace), observer, seeds, source)
     if existing is not None:
         _refuse_other(existing, draft)
     _announce(progress, seeds, loop_ms, spec)
@@ -105,12 +106,17 @@ def profile(
         if seed not in finished:
             observed_loop(workload, seed, trace, observer, observe or _observe).save(folder, seed)
             finished.append(seed)
-            existing = _describe(workload, model, draft.sampler, observer, seeds)
+            existing = _describe(workload, model, draft.sampler, observer, seeds, source)
             existing = existing.model_copy(update={"finished": tuple(sorted(finished))})
             existing.save(folder)
         progress("profile", seed + 1, seeds + 1)
     assert existing is not None
-    update = {"seeds": draft.seeds, "hardware": draft.hardware, "costs": existing.costs}
+    update = {
+        "source": source,
+        "seeds": draft.seeds,
+        "hardware": draft.hardware,
+        "costs": existing.costs,
+    }
     if existing.costs is None or existing.hardware != draft.hardware:
         update["costs"] = measure(workload, existing, progress)
     done = existing.model_copy(update=update)
@@ -136,9 +142,9 @@ def _default_block(model: nn.Module) -> Block:
 
 
 def _observe(model: nn.Module, observer: ProfileObserver) -> Callable[..., Any]:
-    from ditopt import capture  # the compiler stack loads only when it is used
+    from ditopt.observe import observe  # the compiler stack loads only when it is used
 
-    return capture.observe(model, observer)
+    return observe(model, observer)
 
 
 def _spread(calls: int, count: int) -> list[int]:
@@ -148,10 +154,7 @@ def _spread(calls: int, count: int) -> list[int]:
 
 
 def _existing(folder: Path) -> Profile | None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"cannot create {str(folder)!r}: {error.strerror or error}") from error
+    files.make_folder(folder)
     return Profile.load(folder) if (folder / PROFILE_NAME).exists() else None
 
 
@@ -161,12 +164,13 @@ def _describe(
     sampler: Sampler,
     observer: ProfileObserver,
     seeds: int,
+    source: str | None,
 ) -> Profile:
     """What is known so far; sites and candidates are met in the first observed loop."""
     return Profile(
         model=ModelRecord(
-            architecture=architecture_fingerprint(model),
-            weights=weights_fingerprint(model),
+            architecture=fingerprint.architecture(model),
+            weights=fingerprint.weights(model),
             name=type(model).__name__,
             sites=tuple(observer.sites.values()),
         ),
@@ -179,19 +183,20 @@ def _describe(
         observed_calls=observer.observed_calls,
         data_range=workload.data_range,
         seeds=tuple(range(seeds)),
+        source=source,
         notes=tuple(f"{site} stays dense: {why}" for site, why in observer.left_dense.items()),
     )
 
 
 def _refuse_other(existing: Profile, draft: Profile) -> None:
     """Resume only what is the same; sites and candidates follow from what is compared."""
+    names = ["sampler", "block", "observed_calls", "data_range"]
+    if draft.layout is not None:  # else it is inferred in the observed loop
+        names.append("layout")
     pairs: Mapping[str, tuple[object, object]] = {
         "model.architecture": (existing.model.architecture, draft.model.architecture),
         "model.weights": (existing.model.weights, draft.model.weights),
-        **{
-            name: (getattr(existing, name), getattr(draft, name))
-            for name in ("sampler", "layout", "block", "observed_calls", "data_range")
-        },
+        **{name: (getattr(existing, name), getattr(draft, name)) for name in names},
     }
     for field, (before, now) in pairs.items():
         if before != now:

@@ -1,0 +1,105 @@
+"""Run a model's canonical graph operator by operator and show its attentions and its block stack to an observer.
+
+The profiler sees exactly the sites, with the ids, that a plan will name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from ditopt.capture import Captured, capture
+from ditopt.infer_layout import Grid, infer_grid, site_layout
+from ditopt.layout import TokenLayout
+from ditopt.sites import AttentionSite, attention_operands, find_sites
+from ditopt.stack import Stack, find_stack
+
+
+class Observer(Protocol):
+    """What is told during each call of the model, in execution order."""
+
+    def suggest_layout(self, layout: TokenLayout) -> None:
+        """The token grid that the graph shows; before the first attention."""
+
+    def attention(
+        self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None
+    ) -> None:
+        """One softmax attention; q, k, v are [B, H, N, D]."""
+
+    def stack(self, base: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
+        """The block stack's outputs, and for each the value that it is a residual of, or None."""
+
+
+def observe(model: nn.Module, observer: Observer) -> Callable[..., Any]:
+    """A callable like `model` that computes the same and shows it to `observer`."""
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        return _Observed(capture(gm), inputs, observer)
+
+    observed: Callable[..., Any] = torch.compile(model, backend=backend)
+    return observed
+
+
+class _Observed:
+    """One captured graph, run with an interpreter for each body."""
+
+    def __init__(self, captured: Captured, inputs: Sequence[Any], observer: Observer) -> None:
+        self._captured = captured
+        self._observer = observer
+        attention, _ = find_sites(captured)
+        self._sites = {(s.piece, s.node): s for s in attention if s.form == "softmax"}
+        found = find_stack(captured)
+        self._stack: Stack | None = found if isinstance(found, Stack) else None
+        inferred = infer_grid(captured, inputs)
+        self._layout = _main_layout(captured, attention, inferred[0]) if inferred is not None else None
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        captured, stack = self._captured, self._stack
+        if self._layout is not None:
+            self._observer.suggest_layout(self._layout)
+        spare = [None] * (captured.slots - len(captured.inputs))
+        env: list[Any] = [*inputs, *captured.constants, *spare]
+        for index, piece in enumerate(captured.pieces):
+            runner = _Telling(piece.body.gm, self._observer, self._sites, index)
+            results = runner.run(*[env[slot] for slot in piece.inputs])
+            for slot, value in zip(piece.outputs, results, strict=True):
+                env[slot] = value
+            if stack is not None and index == stack.end - 1:
+                bases = [None if slot is None else env[slot] for slot in stack.bases]
+                self._observer.stack(bases, [env[slot] for slot in stack.outputs])
+        return tuple(env[item] if isinstance(item, int) else item[1] for item in captured.outputs)
+
+
+class _Telling(fx.Interpreter):
+    def __init__(
+        self, gm: fx.GraphModule, observer: Observer, sites: dict[tuple[int, str], AttentionSite], piece: int
+    ) -> None:
+        super().__init__(gm)
+        self._observer = observer
+        self._told = sites
+        self._piece = piece
+
+    def run_node(self, n: fx.Node) -> Any:
+        site = self._told.get((self._piece, n.name))
+        if site is not None:
+            q, k, v, mask, scale = attention_operands(n)
+            values = [self.env[x] for x in (q, k, v)]
+            self._observer.attention(
+                site, *values, scale=scale, mask=self.env[mask] if isinstance(mask, fx.Node) else None
+            )
+        return super().run_node(n)
+
+
+def _main_layout(captured: Captured, sites: Sequence[AttentionSite], grid: Grid) -> TokenLayout | None:
+    """The layout of the longest self or joint attention: the one that patterns are worth choosing for."""
+    if not all(isinstance(size, int) for size in grid):
+        return None
+    candidates = [s for s in sites if s.kind != "cross" and s.form == "softmax" and isinstance(s.tokens_q, int)]
+    for site in sorted(candidates, key=lambda s: -s.tokens_q):
+        layout = site_layout(captured, site, grid)
+        if isinstance(layout, TokenLayout):
+            return layout
+    return None
