@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ditopt
-from ditopt.bench import BenchResult, bench
+from ditopt.bench import bench
 from ditopt.errors import WorkloadError
 from ditopt.files import make_folder
 from ditopt.pictures import Frames, write_comparison
@@ -18,6 +18,7 @@ from ditopt.workload import load_workload
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ditopt.bench_result import BenchResult
     from ditopt.progress import Progress
 
 _CAPTIONS = {"eager": "dense (eager)", "ditopt+plan": "ditopt with the plan"}

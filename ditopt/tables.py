@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ditopt.bench import BenchResult, Row
+    from ditopt.bench_result import BenchResult, Row
 
 
 def bench_table(result: BenchResult) -> Group:

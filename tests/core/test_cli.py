@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ditopt import cli
-from ditopt.bench import BenchResult, Row
+from ditopt.bench_result import BenchResult, Row
 from ditopt.errors import DitoptWarning, PlanError, ProfileError, VerificationError
 from ditopt.report import Decision
 
