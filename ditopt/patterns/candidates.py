@@ -68,7 +68,9 @@ def _video_proposals(layout: TokenLayout) -> Iterator[HeadPattern]:
         yield Window(frames=size, rows=_part(rows, 4), cols=_part(cols, 4))
     frame_tokens = rows * cols
     for share in (4, 8, 16, 64):
-        yield MultiDiagonal(period="frame", width=max(1, frame_tokens // (2 * share)))
+        yield MultiDiagonal(period="frame", width=frame_tokens // (2 * share))
+    # Where a frame is a multiple of the block, only this one does not touch the blocks beside it.
+    yield MultiDiagonal(period="frame", width=0)
     for every, reach in ((2, 0), (4, 1), (4, 0), (frames, 1), (frames, 0)):
         yield Stripe(unit="frame", every=every, reach=reach)
 

@@ -1,6 +1,5 @@
 """The plan: data that names every choice, readable by people and checked before it is used."""
 
-from ditopt.plan.fingerprint import architecture_fingerprint, weights_fingerprint
 from ditopt.plan.plan import Plan
 from ditopt.plan.schema import (
     Block,
@@ -29,6 +28,4 @@ __all__ = [
     "SideFile",
     "SiteRecord",
     "Verification",
-    "architecture_fingerprint",
-    "weights_fingerprint",
 ]

@@ -79,6 +79,7 @@ class Profile(_Part):
         shapes: operands of each profiled site; sites not listed stay dense.
         observed_calls: call indices at which candidate errors were measured.
         data_range: width of the result's value range for PSNR; null: `metrics.value_range` decides.
+        source: how `load_workload` finds the workload again; null: it was made in Python.
         seeds: seeds that were asked for.
         finished: those that have been recorded.
         costs: measured times; null until all seeds are recorded.
@@ -95,6 +96,7 @@ class Profile(_Part):
     shapes: dict[str, SiteShape]
     observed_calls: tuple[int, ...]
     data_range: float | None
+    source: str | None = None
     seeds: tuple[int, ...]
     finished: tuple[int, ...] = ()
     costs: Costs | None = None

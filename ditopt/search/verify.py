@@ -1,0 +1,94 @@
+"""Measuring a plan by full sampling against the dense result of the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from ditopt import files, fingerprint
+from ditopt.errors import ProfileError
+from ditopt.metrics import psnr
+from ditopt.plan import Plan
+from ditopt.profiling.cost import timed_loops
+from ditopt.profiling.loops import only_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ditopt.profiling.schema import Profile
+    from ditopt.workload import Workload
+
+EXACT_DB = 200.0
+"""Stands for the infinite PSNR of equal results; float32 rounding alone gives less."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One seed under one plan.
+
+    Attributes:
+        psnr_db: against the dense result, to 0.01 dB, at most `EXACT_DB`.
+        seconds: time of the loop without compilation.
+    """
+
+    psnr_db: float
+    seconds: float
+
+
+Verify = Callable[[Plan, Sequence[int]], list[Measured]]
+"""Samples each seed with the plan applied."""
+
+
+class SamplingVerifier:
+    """Compiles the workload's model with the plan and samples; dense results are kept on disk.
+
+    Raises:
+        ProfileError: the workload's model is not the one that was profiled.
+    """
+
+    def __init__(self, workload: Workload, profile: Profile, folder: Path) -> None:
+        model = only_model(workload)
+        for field, recorded, now in (
+            ("architecture", profile.model.architecture, fingerprint.architecture(model)),
+            ("weights", profile.model.weights, fingerprint.weights(model)),
+        ):
+            if recorded != now:
+                raise ProfileError(
+                    f"the profile is of another model than the workload's: model.{field} differs",
+                    remedy="Profile this workload into a new folder.",
+                )
+        self._workload, self._profile, self._folder = workload, profile, folder
+
+    def __call__(self, plan: Plan, seeds: Sequence[int]) -> list[Measured]:
+        """Sample each seed with the plan applied."""
+        references = [self._dense(seed) for seed in seeds]
+        loops = timed_loops(self._workload, plan, list(seeds))
+        return [
+            Measured(
+                psnr_db=min(
+                    EXACT_DB, round(psnr(loop.result.cpu(), dense, self._profile.data_range), 2)
+                ),
+                seconds=loop.seconds,
+            )
+            for loop, dense in zip(loops, references, strict=True)
+        ]
+
+    def _dense(self, seed: int) -> Tensor:
+        """The result of the model as it is, in eager PyTorch."""
+        path = self._folder / f"dense_{seed}.safetensors"
+        if path.exists():
+            try:
+                return safetensors.torch.load(path.read_bytes())["result"]
+            except (SafetensorError, KeyError) as error:
+                raise ProfileError(
+                    f"{path.name} is damaged: {error}", remedy=f"Delete {path.name} and plan again."
+                ) from error
+        result = self._workload.run(seed).cpu().contiguous()
+        with files.atomic_path(path) as temporary:
+            temporary.write_bytes(safetensors.torch.save({"result": result}))
+        return result
