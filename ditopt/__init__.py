@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditopt.bench import bench as bench
+    from ditopt.inspection import explain as explain
     from ditopt.plan import Plan as Plan
     from ditopt.profiling import profile as profile
     from ditopt.runtime import invalidate as invalidate
     from ditopt.runtime import session as session
     from ditopt.runtime import stats as stats
     from ditopt.search import search as search
-    from ditopt.inspection import explain as explain
     from ditopt.workload import Workload as Workload
 
 __version__ = "0.1.0"

@@ -53,7 +53,10 @@ def inspect(workload: WorkloadSpec, json_path: JsonPath = None) -> None:
     from ditopt.inspection import inspect_workload
     from ditopt.workload import load_workload
 
-    report = inspect_workload(load_workload(workload))
+    loaded = load_workload(workload)
+    with terminal_progress() as progress:
+        progress("capturing the model", 0, 1)
+        report = inspect_workload(loaded)
     _show(report.table(), report.to_json(), json_path)
 
 
@@ -101,12 +104,15 @@ def plan(
 @app.command()
 def explain(workload: WorkloadSpec, plan: PlanPath, json_path: JsonPath = None) -> None:
     """Compile with a plan and tell each decision with its reason."""
+    from ditopt.inspection import explain as decide
     from ditopt.plan import Plan
     from ditopt.report import decision_table
-    from ditopt.inspection import explain as decide
     from ditopt.workload import load_workload
 
-    decisions = decide(load_workload(workload), Plan.load(plan))
+    loaded, chosen = load_workload(workload), Plan.load(plan)
+    with terminal_progress() as progress:
+        progress("compiling the model", 0, 1)
+        decisions = decide(loaded, chosen)
     value = {"decisions": [decision.to_json() for decision in decisions]}
     _show(decision_table(decisions), value, json_path)
 
