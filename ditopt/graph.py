@@ -183,7 +183,7 @@ def producers(node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
         if stop(current):
             found.setdefault(current)
             continue
-        todo.extend(current.all_input_nodes)
+        todo.extend(data_inputs(current))
     return list(found)
 
 
