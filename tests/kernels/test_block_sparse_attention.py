@@ -298,15 +298,77 @@ GPU_SHAPES = [
 ]
 
 
+def on_gpu(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.cuda() if isinstance(a, Tensor) else a for a in args)
+
+
+def gpu_kernels(args: tuple[Any, ...]) -> list[Any]:
+    """Every CUDA kernel that takes this call."""
+    from ditopt.kernels.block_sparse_attention import hopper, triton
+
+    declined = hopper.reason_to_decline(args[0], args[5], args[6])
+    return [triton] if declined else [triton, hopper]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", GPU_SHAPES)
-def test_triton_is_within_budget(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    args = tuple(
-        a.cuda() if isinstance(a, Tensor) else a for a in case(shape, dtype=dtype)
-    )
+def test_cuda_kernels_are_within_budget(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    args = on_gpu(case(shape, dtype=dtype))
     truth = fp64_reference(args)
-    out = ops.call(*args)
-    assert relative_error(out, truth) <= error_budget(args, truth)
-    assert out.stride() == ops.empty_output(args[0], args[2]).stride()
+    _, true_lse = reference.block_sparse_attention_with_lse(*(x.double() for x in args[:3]), *args[3:])
+    _, own_lse = reference.block_sparse_attention_with_lse(*args)
+    for kernel in gpu_kernels(args):
+        out, lse = kernel.forward(*args, return_lse=True)
+        assert relative_error(out, truth) <= error_budget(args, truth), kernel.__name__
+        assert out.stride() == ops.empty_output(args[0], args[2]).stride()
+        assert torch.equal(lse.isinf(), true_lse.isinf()), kernel.__name__
+        finite = true_lse.isfinite()
+        lost = relative_error(own_lse[finite], true_lse[finite])
+        budget = 2 * max(lost, torch.finfo(torch.float32).eps * 8)
+        assert relative_error(lse[finite], true_lse[finite]) <= budget, kernel.__name__
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_CUDA, reason="needs a CUDA device")
+def test_cuda_operator_passes_opcheck_compiles_and_repeats() -> None:
+    args = on_gpu(case((2, 2, 1000, 777, 128, 128, 64), 2, dtype=torch.bfloat16))
+    torch.library.opcheck(torch.ops.ditopt.block_sparse_attention.default, args)
+    torch._dynamo.reset()
+    expected = ops.call(*args)
+    compiled = torch.compile(lambda *a: ops.call(*a) * 1, fullgraph=True)
+    assert torch.equal(compiled(*args), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.call(*args)
+    for _ in range(3):
+        captured.fill_(math.nan)
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("wrong", [-1, -(1 << 20), 1 << 20, 99])
+def test_cuda_kernels_survive_wrong_ids_and_counts(wrong: int) -> None:
+    q, k, v, counts, ids, *rest = on_gpu(case((1, 2, 1000, 1000, 64, 128, 128), dtype=torch.float16))
+    args = (q, k, v, torch.full_like(counts, 1 << 20), torch.full_like(ids, wrong), *rest)
+    for kernel in gpu_kernels(args):
+        kernel.forward(*args)
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_CUDA, reason="needs a CUDA device")
+def test_cuda_kernels_read_any_strides() -> None:
+    torch.manual_seed(0)
+    lists = tuple(x.cuda() for x in random_lists(1, 2, 300, 300, 128, 128))
+    fused = torch.randn(1, 300, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
+    q, k, v = fused.permute(2, 0, 3, 1, 4)
+    odd = torch.randn(1, 2, 64, 303, device="cuda", dtype=torch.bfloat16)[..., 3:].transpose(2, 3)
+    for tensors in ((q, k, v), (odd, k, odd)):
+        args = (*tensors, *lists, 128, 128, 0.125)
+        truth = fp64_reference(args)
+        for kernel in gpu_kernels(args):
+            assert relative_error(kernel.forward(*args)[0], truth) <= error_budget(args, truth)

@@ -129,8 +129,8 @@ def reason_to_decline_triton(q: Tensor, block_q: int, block_k: int) -> str | Non
         return f"needs q on a CUDA device, got {q.device}"
     if q.dtype not in FLOAT_DTYPES:
         return f"takes float16, bfloat16 and float32, q is {q.dtype}"
-    if not 16 <= q.shape[3] <= MAX_HEAD_SIZE:
-        return f"takes 16 to {MAX_HEAD_SIZE} channels, got {q.shape[3]}"
+    if q.shape[3] % 8 or not 16 <= q.shape[3] <= MAX_HEAD_SIZE:
+        return f"takes 16 to {MAX_HEAD_SIZE} channels in multiples of 8, got {q.shape[3]}"
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block < 16 or block & (block - 1):
             return f"takes powers of two of at least 16 as {name}, got {block}"

@@ -1,13 +1,16 @@
 """Block-sparse attention forward in Gluon for Hopper (sm_90): TMA, mbarriers, warp-specialised wgmma.
 
-Shapes, lists and results as in `reference`; block_q = 128, block_k = BLOCK_N in {64, 128}, head size D in
-{64, 128}; bfloat16 or float16 in and out, float32 accumulation.
+Shapes, lists and results as in `reference`; `hopper` launches it. bfloat16 or float16 in and out, float32
+accumulation. A tile is 64 query rows for each of CONSUMERS warpgroups; a key tile is one list entry.
+D = D1 + D2 channels (D2 = 0 for none); channels beyond the tensor's are read as zeros and not written.
 
-One persistent CTA per SM: a producer warp walks the lists and fills rings of K and V tiles (TMA);
-two consumer warpgroups own 64 query rows each and overlap the softmax of one tile with the two matrix products
-around it (FlashAttention-3, arXiv 2407.08608, section 3). The last entry of a list goes first: ids ascend,
-so it alone can be ragged. TMA clips every box to the tensor, so an id out of range reads nothing.
-Cost: 4 D FLOPs per kept (query, key) pair; 4 D BLOCK_N bytes from L2 per list entry.
+Persistent CTAs take tiles from a counter, heads in descending order of work. A producer warp walks the lists
+and fills rings of K and V tiles by TMA; each consumer overlaps the softmax of one tile with the matrix products around
+it, and with PINGPONG two consumers take turns at the tensor cores (FlashAttention-3, arXiv 2407.08608,
+section 3). The last entry of a list goes first: ids ascend, so it alone can be ragged and masked.
+TMA clips every box to the tensor, so an id out of range reads nothing outside.
+
+Cost: 4 D FLOPs per kept (query, key) pair; 4 D BLOCK_N bytes, mostly from L2, per list entry.
 """
 
 from __future__ import annotations
@@ -22,159 +25,208 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# The functions below share two tuples. `bars`: q full, q empty, k full, k empty, v full, v empty, turn.
+# `work`: counts, ids, order and counter pointers; strides of counts (b, h) and ids (b, h, q); heads,
+# tiles of a head, tiles in all, width of the lists, programs.
+
 
 @gluon.jit
-def _locate(order_ptr, tile, q_blocks, heads, HAS_ORDER: gl.constexpr):  # type: ignore[no-untyped-def]
-    """(b, h, query block) of a linear tile number; tiles of one head are neighbours (K, V stay in L2)."""
-    bh = tile // q_blocks
-    row = tile - bh * q_blocks
-    if HAS_ORDER:
-        bh = gl.load(order_ptr + bh)
+def _locate(work, tile, TILES_PER_ROW: gl.constexpr):  # type: ignore[no-untyped-def]
+    """(b, h, tile of the head, list length, list pointer); tiles of one head are neighbours (L2)."""
+    heads = work[9]
+    bh = tile // work[10]
+    block = tile - bh * work[10]
+    bh = gl.load(work[2] + bh)
     b = bh // heads
-    return b, bh - b * heads, row
+    h = bh - b * heads
+    row = block // TILES_PER_ROW
+    count = gl.load(work[0] + b.to(gl.int64) * work[4] + h * work[5] + row)
+    count = gl.minimum(gl.maximum(count, 0), work[12])
+    ids = work[1] + b.to(gl.int64) * work[6] + h.to(gl.int64) * work[7] + row.to(gl.int64) * work[8]
+    return b, h, block, count, ids
+
+
+@gluon.jit
+def _fetch(desc1, desc2, smem1, smem2, slot, bar, b, h, row, D1: gl.constexpr, D2: gl.constexpr):  # type: ignore[no-untyped-def]
+    """One tile of rows, both channel ranges, into ring slot ``slot``; ``bar`` expects the bytes."""
+    tma.async_copy_global_to_shared(desc1, [b, h, row, 0], bar, smem1.index(slot))
+    if D2 > 0:
+        tma.async_copy_global_to_shared(desc2, [b, h, row, D1], bar, smem2.index(slot))
 
 
 @gluon.jit
 def _produce(  # type: ignore[no-untyped-def]
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
-    heads, q_blocks, tiles, width, programs,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, HAS_ORDER: gl.constexpr,
+    descs, smem, tile_smem, bars, work,
+    CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
+    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
-    D: gl.constexpr = k_smem.shape[4]
     note: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     it = 0
     nth = 0
     tile = gl.program_id(0)
-    while tile < tiles:
+    while tile < work[11]:
         # The next tile is asked for a whole tile ahead, so that nobody waits for the counter.
-        following = gl.atomic_add(counter_ptr, 1) + programs
-        b, h, row = _locate(order_ptr, tile, q_blocks, heads, HAS_ORDER)
-        count = gl.load(counts_ptr + b * stride_cb + h * stride_ch + row)
-        count = gl.minimum(gl.maximum(count, 0), width)
-        base = ids_ptr + b.to(gl.int64) * stride_ib + h.to(gl.int64) * stride_ih + row.to(gl.int64) * stride_iq
+        following = gl.atomic_add(work[3], 1) + work[13]
+        b, h, block, count, ids = _locate(work, tile, TILES_PER_ROW)
         q_slot = nth % Q_STAGES
-        mbarrier.wait(q_empty.index(q_slot), ((nth // Q_STAGES) & 1) ^ 1)
+        q_full = bars[0].index(q_slot)
+        mbarrier.wait(bars[1].index(q_slot), ((nth // Q_STAGES) & 1) ^ 1)
         tile_smem.index(q_slot).store(gl.full([1], tile, gl.int32, note))
-        mbarrier.expect(q_full.index(q_slot), 2 * 64 * D * 2)
-        for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                q_desc, [b, h, row * 128 + half * 64, 0], q_full.index(q_slot), q_smem.index(q_slot * 2 + half)
-            )
+        mbarrier.expect(q_full, CONSUMERS * 64 * (D1 + D2) * 2)
+        for part in gl.static_range(CONSUMERS):
+            _fetch(descs[0], descs[1], smem[0], smem[1], q_slot * CONSUMERS + part, q_full,
+                   b, h, (block * CONSUMERS + part) * 64, D1, D2)  # fmt: skip
         nth += 1
         tile = following
         for j in range(0, count):
-            start = gl.load(base + (count - 1 - j)) * BLOCK_N
+            start = gl.load(ids + (count - 1 - j)) * BLOCK_N
             slot = it % STAGES
             phase = ((it // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), BLOCK_N * D * 2)
-            tma.async_copy_global_to_shared(k_desc, [b, h, start, 0], k_full.index(slot), k_smem.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), BLOCK_N * D * 2)
-            tma.async_copy_global_to_shared(v_desc, [b, h, start, 0], v_full.index(slot), v_smem.index(slot))
+            for s in gl.static_range(2):  # K, then V
+                full = bars[2 + 2 * s].index(slot)
+                mbarrier.wait(bars[3 + 2 * s].index(slot), phase)
+                mbarrier.expect(full, BLOCK_N * (D1 + D2) * 2)
+                _fetch(descs[2 + 2 * s], descs[3 + 2 * s], smem[2 + 2 * s], smem[3 + 2 * s], slot,
+                       full, b, h, start, D1, D2)  # fmt: skip
             it += 1
     q_slot = nth % Q_STAGES
-    mbarrier.wait(q_empty.index(q_slot), ((nth // Q_STAGES) & 1) ^ 1)
-    tile_smem.index(q_slot).store(gl.full([1], tiles, gl.int32, note))
-    mbarrier.arrive(q_full.index(q_slot), count=1)
+    mbarrier.wait(bars[1].index(q_slot), ((nth // Q_STAGES) & 1) ^ 1)
+    tile_smem.index(q_slot).store(gl.full([1], work[11], gl.int32, note))
+    mbarrier.arrive(bars[0].index(q_slot), count=1)
+
+
+@gluon.jit
+def _scores(q1, q2, smem, slot, zero, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Starts q k^T [64, BLOCK_N] of the K tile in ``slot``; not finished on return."""
+    k1 = smem[2].index(slot).reshape([BLOCK_N, D1]).permute((1, 0))
+    s = warpgroup_mma(q1, k1, zero, use_acc=False, is_async=True)
+    if D2 > 0:
+        k2 = smem[3].index(slot).reshape([BLOCK_N, D2]).permute((1, 0))
+        s = warpgroup_mma(q2, k2, s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _values(p, smem, slot, o1, o2, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Starts o += p v of the V tile in ``slot``; not finished on return."""
+    o1 = warpgroup_mma(p, smem[4].index(slot).reshape([BLOCK_N, D1]), o1, is_async=True)
+    if D2 > 0:
+        o2 = warpgroup_mma(p, smem[5].index(slot).reshape([BLOCK_N, D2]), o2, is_async=True)
+    return o1, o2
+
+
+@gluon.jit
+def _finish(o1, o2, D2: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Waits for every matrix product of this warpgroup."""
+    if D2 > 0:
+        o1, o2 = warpgroup_mma_wait(0, (o1, o2))
+    else:
+        o1 = warpgroup_mma_wait(0, (o1,))
+        o2 = o1
+    return o1, o2
 
 
 @gluon.jit
 def _consume(  # type: ignore[no-untyped-def]
-    o_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
-    heads, q_blocks, tiles, width, programs, n_k, qk_scale,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, HAS_ORDER: gl.constexpr,
-    PINGPONG: gl.constexpr, HALF: gl.constexpr,
+    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
+    CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
+    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    D: gl.constexpr = k_smem.shape[4]
-    dtype: gl.constexpr = k_smem.dtype
+    dtype: gl.constexpr = descs[0].dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
-    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    o1_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
+    REST: gl.constexpr = D2 if D2 > 0 else D1
+    o2_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o1_layout, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    rows1: gl.constexpr = gl.SliceLayout(1, o1_layout)
+    rows2: gl.constexpr = gl.SliceLayout(1, o2_layout)
+    note: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
     it = 0
     nth = 0
     turns = 0
-    if PINGPONG and HALF == 1:
+    if PINGPONG and PART == 1:
         mbarrier.arrive(turn.index(0), count=1)
-    note: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     mbarrier.wait(q_full.index(0), 0)
     tile = gl.max(tile_smem.index(0).load(note), 0)
-    while tile < tiles:
-        b, h, row = _locate(order_ptr, tile, q_blocks, heads, HAS_ORDER)
-        count = gl.load(counts_ptr + b * stride_cb + h * stride_ch + row)
-        count = gl.minimum(gl.maximum(count, 0), width)
-        base = ids_ptr + b.to(gl.int64) * stride_ib + h.to(gl.int64) * stride_ih + row.to(gl.int64) * stride_iq
+    while tile < work[11]:
+        b, h, block, count, ids = _locate(work, tile, TILES_PER_ROW)
         q_slot = nth % Q_STAGES
-        q = q_smem.index(q_slot * 2 + HALF).reshape([64, D])
-        o = gl.zeros([64, D], gl.float32, o_layout)
-        l = gl.zeros([64], gl.float32, s_row)
+        q_part = q_slot * CONSUMERS + PART
+        q1 = smem[0].index(q_part).reshape([64, D1])
+        q2 = smem[1].index(q_part).reshape([64, REST])
+        o1 = gl.zeros([64, D1], gl.float32, o1_layout)
+        o2 = gl.zeros([64, REST], gl.float32, o2_layout)
+        m = gl.zeros([64], gl.float32, rows)
+        l = gl.zeros([64], gl.float32, rows)
+        zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
         if count > 0:
-            last = gl.load(base + count - 1) * BLOCK_N
-            slot = it % STAGES
-            mbarrier.wait(k_full.index(slot), (it // STAGES) & 1)
-            zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-            s = warpgroup_mma(
-                q, k_smem.index(slot).reshape([BLOCK_N, D]).permute((1, 0)), zero, use_acc=False, is_async=True
-            )
+            start = gl.load(ids + count - 1) * BLOCK_N
+            mbarrier.wait(k_full.index(it % STAGES), (it // STAGES) & 1)
+            s = _scores(q1, q2, smem, it % STAGES, zero, BLOCK_N, D1, D2)
             s = warpgroup_mma_wait(0, (s,))
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            offs = last + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+            mbarrier.arrive(k_empty.index(it % STAGES), count=1)
+            offs = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
             s = gl.where(((offs >= 0) & (offs < n_k))[None, :], s, float("-inf"))
             m = gl.max(s, 1)
             m = gl.where(m == float("-inf"), 0.0, m * qk_scale)
-            p = gl.exp2(s * qk_scale - m[:, None])
-            l = gl.sum(p, 1)
-            p = gl.convert_layout(p.to(dtype), p_layout)
-            following = it + 1
-            mbarrier.wait(k_full.index(following % STAGES), (following // STAGES) & 1, count > 1)
+            p32 = gl.exp2(s * qk_scale - m[:, None])
+            l = gl.sum(p32, 1)
+            p = gl.convert_layout(p32.to(dtype), p_layout)
+            ahead = it + 1
+            mbarrier.wait(k_full.index(ahead % STAGES), (ahead // STAGES) & 1, count > 1)
             for j in range(1, count):
-                following = it + 1
-                next_slot = following % STAGES
-                if PINGPONG:
-                    mbarrier.wait(turn.index(HALF), turns & 1)
-                    turns += 1
-                s = warpgroup_mma(
-                    q, k_smem.index(next_slot).reshape([BLOCK_N, D]).permute((1, 0)), zero,
-                    use_acc=False, is_async=True,
-                )  # fmt: skip
+                ahead = it + 1
                 slot = it % STAGES
-                mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
-                o = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, D]), o, is_async=True)
                 if PINGPONG:
-                    mbarrier.arrive(turn.index(1 - HALF), count=1)
-                s = warpgroup_mma_wait(1, (s,))
-                mbarrier.arrive(k_empty.index(next_slot), count=1)
+                    mbarrier.wait(turn.index(PART), turns & 1)
+                    turns += 1
+                s = _scores(q1, q2, smem, ahead % STAGES, zero, BLOCK_N, D1, D2)
+                mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
+                o1, o2 = _values(p, smem, slot, o1, o2, BLOCK_N, D1, D2)
+                if PINGPONG:
+                    mbarrier.arrive(turn.index(1 - PART), count=1)
+                s = warpgroup_mma_wait(2 if D2 > 0 else 1, (s,))
+                mbarrier.arrive(k_empty.index(ahead % STAGES), count=1)
                 m_new = gl.maximum(m, gl.max(s, 1) * qk_scale)
                 alpha = gl.exp2(m - m_new)
                 m = m_new
-                pf = gl.exp2(s * qk_scale - m[:, None])
-                l = l * alpha + gl.sum(pf, 1)
-                p_next = gl.convert_layout(pf.to(dtype), p_layout)
-                # This wait also keeps ptxas from moving the next one above the softmax.
+                p32 = gl.exp2(s * qk_scale - m[:, None])
+                l = l * alpha + gl.sum(p32, 1)
+                p_next = gl.convert_layout(p32.to(dtype), p_layout)
+                # NOTE: without a wait on a barrier here, ptxas (triton 3.6.0) moves the next wait,
+                # the one for the products with V, above the softmax, and nothing overlaps.
                 after = it + 2
                 mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, j + 1 < count)
-                o = warpgroup_mma_wait(0, (o,))
+                o1, o2 = _finish(o1, o2, D2)
                 mbarrier.arrive(v_empty.index(slot), count=1)
                 p = p_next
-                o = o * gl.convert_layout(alpha, o_row)[:, None]
-                it = following
-            slot = it % STAGES
-            mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
-            o = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, D]), o, is_async=True)
-            o = warpgroup_mma_wait(0, (o,))
-            mbarrier.arrive(v_empty.index(slot), count=1)
+                o1 = o1 * gl.convert_layout(alpha, rows1)[:, None]
+                if D2 > 0:
+                    o2 = o2 * gl.convert_layout(alpha, rows2)[:, None]
+                it = ahead
+            mbarrier.wait(v_full.index(it % STAGES), (it // STAGES) & 1)
+            o1, o2 = _values(p, smem, it % STAGES, o1, o2, BLOCK_N, D1, D2)
+            o1, o2 = _finish(o1, o2, D2)
+            mbarrier.arrive(v_empty.index(it % STAGES), count=1)
             it += 1
         inverse = 1.0 / gl.where(l == 0.0, 1.0, l)
-        o = o * gl.convert_layout(inverse, o_row)[:, None]
-        q.store(o.to(dtype))
+        first_row = (block * CONSUMERS + PART) * 64
+        # The query tile is no longer needed: its memory stages the output, which TMA clips and writes.
+        q1.store((o1 * gl.convert_layout(inverse, rows1)[:, None]).to(dtype))
+        if D2 > 0:
+            q2.store((o2 * gl.convert_layout(inverse, rows2)[:, None]).to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(
-            o_desc, [b, h, row * 128 + HALF * 64, 0], q_smem.index(q_slot * 2 + HALF)
-        )
+        tma.async_copy_shared_to_global(descs[6], [b, h, first_row, 0], smem[0].index(q_part))
+        if D2 > 0:
+            tma.async_copy_shared_to_global(descs[7], [b, h, first_row, D1], smem[1].index(q_part))
+        if HAS_LSE:
+            # m is in log2 units; the boundary speaks natural logarithms. Empty rows: log2(0) = -inf.
+            offs_m = first_row + gl.arange(0, 64, rows)
+            lse = (m + gl.log2(l)) * 0.6931471805599453
+            gl.store(lse_ptr + (b * work[9] + h).to(gl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(q_slot), count=1)
         nth += 1
@@ -184,87 +236,84 @@ def _consume(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _ring(desc, slots: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr):  # type: ignore[no-untyped-def]
+    return gl.allocate_shared_memory(desc.dtype, [slots, 1, 1, ROWS, COLS], desc.layout)
+
+
+@gluon.jit
+def _barriers(slots: gl.constexpr, count: gl.constexpr):  # type: ignore[no-untyped-def]
+    bars = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(slots):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
+
+
+@gluon.jit
 def _forward(  # type: ignore[no-untyped-def]
-    q_desc, k_desc, v_desc, o_desc, counts_ptr, ids_ptr, order_ptr, counter_ptr,
+    q_desc, q2_desc, k_desc, k2_desc, v_desc, v2_desc, o_desc, o2_desc,
+    counts_ptr, ids_ptr, order_ptr, counter_ptr, lse_ptr,
     stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
-    heads, q_blocks, tiles, width, programs, n_k, qk_scale,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    HAS_ORDER: gl.constexpr, PINGPONG: gl.constexpr,
+    heads, tiles_per_head, tiles, width, programs, n_q, n_k, qk_scale,
+    CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
+    D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = k_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [2 * Q_STAGES, 1, 1, 64, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
-    tile_smem = gl.allocate_shared_memory(
-        gl.int32, [Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    )
-    bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar_layout)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar_layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    for i in gl.static_range(Q_STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
+    q1 = _ring(q_desc, CONSUMERS * Q_STAGES, 64, D1)
+    k1 = _ring(k_desc, STAGES, BLOCK_N, D1)
+    v1 = _ring(v_desc, STAGES, BLOCK_N, D1)
+    if D2 > 0:
+        q2 = _ring(q2_desc, CONSUMERS * Q_STAGES, 64, D2)
+        k2 = _ring(k2_desc, STAGES, BLOCK_N, D2)
+        v2 = _ring(v2_desc, STAGES, BLOCK_N, D2)
+    else:
+        q2 = q1
+        k2 = k1
+        v2 = v1
+    tile_smem = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    smem = (q1, q2, k1, k2, v1, v2)
+    bars = (
+        _barriers(Q_STAGES, 1), _barriers(Q_STAGES, CONSUMERS),
+        _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS),
+        _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS), _barriers(2, 1),
+    )  # fmt: skip
+    work = (
+        counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
+        heads, tiles_per_head, tiles, width, programs,
+    )  # fmt: skip
+    descs = (q_desc, q2_desc, k_desc, k2_desc, v_desc, v2_desc, o_desc, o2_desc)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_consume, (
-                o_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-                counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
-                heads, q_blocks, tiles, width, programs, n_k, qk_scale,
-                BLOCK_N, STAGES, Q_STAGES, HAS_ORDER, PINGPONG, gl.constexpr(0),
-            )),
-            (_consume, (
-                o_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-                counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
-                heads, q_blocks, tiles, width, programs, n_k, qk_scale,
-                BLOCK_N, STAGES, Q_STAGES, HAS_ORDER, PINGPONG, gl.constexpr(1),
-            )),
-            (_produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, tile_smem, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib,
-                stride_ih, stride_iq, heads, q_blocks, tiles, width, programs,
-                BLOCK_N, STAGES, Q_STAGES, HAS_ORDER,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
-
-
-def launch(  # type: ignore[no-untyped-def]
-    q, k, v, out, counts, ids, order, scale, block_k, stages, q_stages, pingpong
-) -> None:
-    import torch
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    b, h, n_q, d = q.shape
-    n_k = k.shape[2]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    q_desc = TensorDescriptor.from_tensor(q, [1, 1, 64, d], layout)
-    k_desc = TensorDescriptor.from_tensor(k, [1, 1, block_k, d], layout)
-    v_desc = TensorDescriptor.from_tensor(v, [1, 1, block_k, d], layout)
-    o_desc = TensorDescriptor.from_tensor(out, [1, 1, 64, d], layout)
-    q_blocks = (n_q + 127) // 128
-    tiles = q_blocks * b * h
-    programs = min(torch.cuda.get_device_properties(q.device).multi_processor_count, tiles)
-    counts = counts.expand(b, h, -1)
-    ids = ids.expand(b, h, -1, -1)
-    _forward[(programs,)](
-        q_desc, k_desc, v_desc, o_desc, counts, ids, order if order is not None else counts,
-        torch.zeros(1, dtype=torch.int32, device=q.device), counts.stride(0), counts.stride(1), ids.stride(0), ids.stride(1), ids.stride(2),
-        h, q_blocks, tiles, ids.shape[-1], programs, n_k, scale * 1.4426950408889634,
-        BLOCK_N=block_k, D=d, STAGES=stages, Q_STAGES=q_stages, HAS_ORDER=order is not None,
-        PINGPONG=pingpong, num_warps=4,
-    )  # fmt: skip
+    # NOTE: constexprs survive only in a tuple that is written at the call (triton 3.6.0).
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale, CONSUMERS, TILES_PER_ROW,
+                    BLOCK_N, D1, D2, STAGES, Q_STAGES, PINGPONG, HAS_LSE, gl.constexpr(0),
+                )),
+                (_consume, (
+                    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale, CONSUMERS, TILES_PER_ROW,
+                    BLOCK_N, D1, D2, STAGES, Q_STAGES, PINGPONG, HAS_LSE, gl.constexpr(1),
+                )),
+                (_produce, (
+                    descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2,
+                    STAGES, Q_STAGES,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale, CONSUMERS, TILES_PER_ROW,
+                    BLOCK_N, D1, D2, STAGES, Q_STAGES, False, HAS_LSE, gl.constexpr(0),
+                )),
+                (_produce, (
+                    descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2,
+                    STAGES, Q_STAGES,
+                )),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip

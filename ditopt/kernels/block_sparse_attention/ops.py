@@ -1,7 +1,7 @@
 """``torch.ops.ditopt.block_sparse_attention``: schema, fake implementation and lazy device dispatch.
 
-CPU runs `cpu`, CUDA runs `triton` (imported on the first launch, so this module needs no
-Triton). The output has q's shape and dtype and always lies in memory as [B, N_q, H, D]: what follows
+CPU runs `cpu`, CUDA runs `hopper` where that kernel takes the call and `triton` elsewhere
+(imported on the first launch, so this module needs no Triton). The output has q's shape and dtype and always lies in memory as [B, N_q, H, D]: what follows
 attention in a DiT is ``out.transpose(1, 2).flatten(2)``, which is then free. The fake says the same.
 """
 
@@ -51,11 +51,10 @@ def _cuda(
     block_k: int,
     scale: float,
 ) -> Tensor:
-    from . import triton  # Triton is imported on the first launch only
+    from . import hopper, triton  # Triton is imported on the first launch only
 
-    return triton.block_sparse_attention(
-        q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale
-    )
+    kernel = triton if hopper.reason_to_decline(q, block_q, block_k) else hopper
+    return kernel.forward(q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale)[0]
 
 
 def _fake(

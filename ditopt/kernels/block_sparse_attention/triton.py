@@ -16,48 +16,39 @@ Cost: 4 D FLOPs per kept (query, key) pair; K and V are read once per list entry
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import PlainConfig, plain_config
 from .ops import empty_output
 
 
 @triton.jit
-def _load_rows(ptr, offs, stride, n, cols, d, GUARD_ROWS: tl.constexpr, GUARD_COLS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows ``offs`` of a [n, d] matrix; columns ``cols``; zeros outside."""
-    ptrs = ptr + offs[:, None].to(tl.int64) * stride + cols[None, :]
-    if GUARD_ROWS and GUARD_COLS:
-        return tl.load(
-            ptrs,
-            mask=((offs >= 0) & (offs < n))[:, None] & (cols < d)[None, :],
-            other=0.0,
-        )
-    if GUARD_ROWS:
-        return tl.load(ptrs, mask=((offs >= 0) & (offs < n))[:, None], other=0.0)
+def _load_rows(ptr, offs, stride, n, cols, D: tl.constexpr, GUARD_COLS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows ``offs`` of a [n, D] matrix; columns ``cols``; zeros outside."""
+    mask = ((offs >= 0) & (offs < n))[:, None]
     if GUARD_COLS:
-        return tl.load(ptrs, mask=(cols < d)[None, :], other=0.0)
-    return tl.load(ptrs)
+        mask = mask & (cols < D)[None, :]
+    return tl.load(ptr + offs[:, None].to(tl.int64) * stride + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _step(  # type: ignore[no-untyped-def]
-    acc1, acc2, m, l, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, d,
-    qk_scale,
-    MASK: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    acc1, acc2, m, l, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
+    MASK: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One key tile of the online softmax; scores live in log2 units."""
     offs_n = start + tl.arange(0, BLOCK_N)
     cols1 = tl.arange(0, D1)
-    k1 = _load_rows(k_ptr, offs_n, stride_kn, n_k, cols1, d, True, False)
+    k1 = _load_rows(k_ptr, offs_n, stride_kn, n_k, cols1, D, False)
     s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
     if D2 > 0:
         cols2 = D1 + tl.arange(0, D2)
-        k2 = _load_rows(k_ptr, offs_n, stride_kn, n_k, cols2, d, True, not EVEN_D)
+        k2 = _load_rows(k_ptr, offs_n, stride_kn, n_k, cols2, D, D1 + D2 > D)
         s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
     if MASK:
         s = tl.where(((offs_n >= 0) & (offs_n < n_k))[None, :], s, float("-inf"))
@@ -69,11 +60,11 @@ def _step(  # type: ignore[no-untyped-def]
     p = tl.math.exp2(s * qk_scale - shift[:, None])
     alpha = tl.math.exp2(m - shift)
     l = l * alpha + tl.sum(p, 1)
-    v1 = _load_rows(v_ptr, offs_n, stride_vn, n_k, cols1, d, True, False)
+    v1 = _load_rows(v_ptr, offs_n, stride_vn, n_k, cols1, D, False)
     p = p.to(v1.dtype)
     acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision=PRECISION)
     if D2 > 0:
-        v2 = _load_rows(v_ptr, offs_n, stride_vn, n_k, D1 + tl.arange(0, D2), d, True, not EVEN_D)
+        v2 = _load_rows(v_ptr, offs_n, stride_vn, n_k, D1 + tl.arange(0, D2), D, D1 + D2 > D)
         acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision=PRECISION)
     return acc1, acc2, m_new, l
 
@@ -84,9 +75,9 @@ def _forward(  # type: ignore[no-untyped-def]
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
     stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
-    heads, n_q, n_k, d, width, qk_scale,
+    heads, n_q, n_k, width, qk_scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, EVEN_D: tl.constexpr, HAS_LSE: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_LSE: tl.constexpr,
     HAS_ORDER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid_m = tl.program_id(0)
@@ -97,20 +88,25 @@ def _forward(  # type: ignore[no-untyped-def]
     h = (pid_bh % heads).to(tl.int64)
     row = pid_m // (BLOCK_Q // BLOCK_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    # NOTE: the launcher guarantees these. Without them D = 72 gave some pipelined and some plain loads
+    # in one loop, and triton 3.6.0 then read at addresses made from ids it had not loaded yet.
+    q_ptr += b * tl.multiple_of(stride_qb, 8) + h * tl.multiple_of(stride_qh, 8)
+    k_ptr += b * tl.multiple_of(stride_kb, 8) + h * tl.multiple_of(stride_kh, 8)
+    v_ptr += b * tl.multiple_of(stride_vb, 8) + h * tl.multiple_of(stride_vh, 8)
+    stride_qm = tl.multiple_of(stride_qm, 8)
+    stride_kn = tl.multiple_of(stride_kn, 8)
+    stride_vn = tl.multiple_of(stride_vn, 8)
     out_ptr += b * stride_ob + h * stride_oh
     ids_ptr += b * stride_ib + h * stride_ih + row.to(tl.int64) * stride_iq
     count = tl.load(counts_ptr + b * stride_cb + h * stride_ch + row)
     count = tl.minimum(tl.maximum(count, 0), width)
 
     cols1 = tl.arange(0, D1)
-    q1 = _load_rows(q_ptr, offs_m, stride_qm, n_q, cols1, d, True, False)
+    q1 = _load_rows(q_ptr, offs_m, stride_qm, n_q, cols1, D, False)
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     if D2 > 0:
         cols2 = D1 + tl.arange(0, D2)
-        q2 = _load_rows(q_ptr, offs_m, stride_qm, n_q, cols2, d, True, not EVEN_D)
+        q2 = _load_rows(q_ptr, offs_m, stride_qm, n_q, cols2, D, D1 + D2 > D)
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
     else:
         q2 = q1
@@ -123,14 +119,14 @@ def _forward(  # type: ignore[no-untyped-def]
     for j in range(0, total - TILES):
         start = tl.load(ids_ptr + j // TILES) * BLOCK_K + (j % TILES) * BLOCK_N
         acc1, acc2, m, l = _step(
-            acc1, acc2, m, l, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, d, qk_scale,
-            False, BLOCK_N, D1, D2, EVEN_D, PRECISION,
+            acc1, acc2, m, l, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
+            False, BLOCK_N, D, D1, D2, PRECISION,
         )  # fmt: skip
     for j in range(tl.maximum(total - TILES, 0), total):
         start = tl.load(ids_ptr + j // TILES) * BLOCK_K + (j % TILES) * BLOCK_N
         acc1, acc2, m, l = _step(
-            acc1, acc2, m, l, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, d, qk_scale,
-            True, BLOCK_N, D1, D2, EVEN_D, PRECISION,
+            acc1, acc2, m, l, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
+            True, BLOCK_N, D, D1, D2, PRECISION,
         )  # fmt: skip
 
     inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
@@ -142,7 +138,7 @@ def _forward(  # type: ignore[no-untyped-def]
         tl.store(
             out_rows + cols2[None, :],
             (acc2 * inverse[:, None]).to(out_ptr.dtype.element_ty),
-            mask=in_q & (cols2 < d)[None, :],
+            mask=in_q & (cols2 < D)[None, :],
         )
     if HAS_LSE:
         # m is in log2 units; the boundary speaks natural logarithms. log2(0) = -inf for empty rows.
@@ -150,14 +146,38 @@ def _forward(  # type: ignore[no-untyped-def]
         tl.store(lse_ptr + pid_bh.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes of one launch: query rows, keys per step, warps, software-pipelining depth."""
+@triton.jit
+def _order_heads(  # type: ignore[no-untyped-def]
+    counts_ptr, order_ptr, counter_ptr, stride_b, stride_h, heads, pairs, rows,
+    PAIRS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rank of every (batch, head) by total list length, longest first; also clears the tile counter."""
+    offs = tl.arange(0, PAIRS)
+    base = counts_ptr + (offs // heads).to(tl.int64) * stride_b + (offs % heads) * stride_h
+    total = tl.zeros([PAIRS], tl.int32)
+    for start in range(0, rows, ROWS):
+        cols = start + tl.arange(0, ROWS)
+        inside = (offs < pairs)[:, None] & (cols < rows)[None, :]
+        total += tl.sum(tl.load(base[:, None] + cols[None, :], mask=inside, other=0), 1)
+    total = tl.where(offs < pairs, total, -1)
+    before = (total[None, :] > total[:, None]) | (
+        (total[None, :] == total[:, None]) & (offs[None, :] < offs[:, None])
+    )
+    rank = tl.sum(before.to(tl.int32), 1)
+    tl.store(order_ptr + rank, offs, mask=offs < pairs)
+    tl.store(counter_ptr, 0)
 
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
+
+def order_heads(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(order int32 [B * H], zeroed counter int32 [1]) of counts [B, H, QB]; one small launch, no sync."""
+    batch, heads, rows = counts.shape
+    pairs = batch * heads
+    scratch = torch.empty(pairs + 1, dtype=torch.int32, device=counts.device)
+    _order_heads[(1,)](
+        counts, scratch[1:], scratch, counts.stride(0), counts.stride(1), heads, pairs, rows,
+        PAIRS=triton.next_power_of_2(pairs), ROWS=128, num_warps=8,
+    )  # fmt: skip
+    return scratch[1:], scratch[:1]
 
 
 def split_head_size(d: int) -> tuple[int, int]:
@@ -169,12 +189,17 @@ def split_head_size(d: int) -> tuple[int, int]:
     return first, max(16, 1 << (rest - 1).bit_length())
 
 
-def default_config(d: int, block_q: int, block_k: int, dtype: torch.dtype) -> Config:
-    """Launch configuration for H200 (see configs.yaml for the measurements behind it)."""
-    if dtype == torch.float32:
-        return Config(min(block_q, 64), min(block_k, 32), 4, 2)
-    block_m = min(block_q, 128)
-    return Config(block_m, min(block_k, 128), 8 if block_m == 128 else 4, 2 if d > 64 else 3)
+def default_config(q: Tensor, block_q: int, block_k: int) -> PlainConfig:
+    """The tuned configuration; float32 serves tests and only has to fit."""
+    if q.dtype == torch.float32:
+        return PlainConfig(min(block_q, 64), min(block_k, 32), 4, 2)
+    return plain_config(torch.cuda.get_device_name(q.device), block_q, block_k, q.shape[-1])
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` [B, H, N, D] itself where rows start at multiples of 8 elements, else a contiguous copy."""
+    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:3])
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def forward(
@@ -189,12 +214,12 @@ def forward(
     *,
     return_lse: bool = False,
     order: Tensor | None = None,
-    config: Config | None = None,
+    config: PlainConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; ``order`` int32 [B*H] starts (batch, head) pairs in that order."""
     batch, heads, n_q, d = q.shape
-    config = config or default_config(d, block_q, block_k, q.dtype)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    config = config or default_config(q, block_q, block_k)
+    q, k, v = (aligned(x) for x in (q, k, v))
     out = empty_output(q, v)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32) if return_lse else None
     counts = kv_num_blocks.expand(batch, heads, -1)
@@ -205,9 +230,9 @@ def forward(
         q, k, v, out, lse if lse is not None else out, counts, ids, order if order is not None else counts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         counts.stride(0), counts.stride(1), ids.stride(0), ids.stride(1), ids.stride(2),
-        heads, n_q, k.shape[2], d, ids.shape[-1], scale * math.log2(math.e),
+        heads, n_q, k.shape[2], ids.shape[-1], scale * math.log2(math.e),
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        D1=first, D2=second, EVEN_D=first + second == d, HAS_LSE=return_lse,
+        D=d, D1=first, D2=second, HAS_LSE=return_lse,
         HAS_ORDER=order is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -215,7 +240,7 @@ def forward(
     return out, lse
 
 
-def block_sparse_attention(
+def plain(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,0 +1,68 @@
+"""Launch configurations, read once from configs.yaml beside this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FILE = Path(__file__).with_name("configs.yaml")
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """One entry under ``hopper``: applies up to ``channels`` channels."""
+
+    consumers: int
+    block_k: int
+    channels: int
+    stages: int
+    q_stages: int
+    pingpong: bool
+    programs_per_processor: int = 1
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class PlainConfig:
+    """One entry under ``plain``: query rows, keys per step, warps, software-pipelining depth."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@lru_cache
+def _entries(gpu: str, kernel: str) -> tuple[dict[str, Any], ...]:
+    """The entries of ``gpu``, or of the first GPU in the file where it has none."""
+    tables: dict[str, dict[str, list[dict[str, Any]]]] = yaml.safe_load(FILE.read_text())
+    return tuple(tables.get(gpu, next(iter(tables.values())))[kernel])
+
+
+def _smallest(entries: list[dict[str, Any]], channels: int) -> dict[str, Any]:
+    """The entry with the fewest channels that still covers ``channels``."""
+    return min((e for e in entries if e["channels"] >= channels), key=lambda e: int(e["channels"]))
+
+
+@lru_cache
+def hopper_config(gpu: str, consumers: int, block_k: int, channels: int) -> HopperConfig:
+    """Ring depths and occupancy of one launch of the Gluon kernel."""
+    wanted = [
+        e for e in _entries(gpu, "hopper") if (e["consumers"], e["block_k"]) == (consumers, block_k)
+    ]
+    return HopperConfig(**_smallest(wanted, channels))
+
+
+@lru_cache
+def plain_config(gpu: str, block_q: int, block_k: int, channels: int) -> PlainConfig:
+    """Tiles of one launch of the plain kernel, no larger than the blocks of the lists."""
+    entry = dict(_smallest(list(_entries(gpu, "plain")), channels))
+    del entry["channels"]
+    entry["block_n"] = min(entry["block_n"], block_k)
+    if block_q < entry["block_m"]:
+        entry |= {"block_m": block_q, "num_warps": 4}
+    return PlainConfig(**entry)

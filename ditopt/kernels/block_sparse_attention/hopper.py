@@ -1,0 +1,104 @@
+"""Launches the Gluon kernel: what it takes, its tiles, its descriptors. Imported on the first launch."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import gluon
+from .configs import hopper_config
+from .ops import empty_output
+from .triton import aligned, order_heads
+
+
+def split_head_size(d: int) -> tuple[int, int]:
+    """Channel tiles (D1, D2) that cover ``d``: powers of two whose products with zeros stay few."""
+    for tiles in ((32, 0), (64, 0), (64, 16), (64, 32)):
+        if d <= sum(tiles):
+            return tiles
+    return 128, 0
+
+
+@lru_cache
+def _device(index: int) -> tuple[str, int, tuple[int, int]]:
+    """(name, multiprocessors, compute capability)."""
+    properties = torch.cuda.get_device_properties(index)
+    return (
+        properties.name,
+        properties.multi_processor_count,
+        (properties.major, properties.minor),
+    )
+
+
+def reason_to_decline(q: Tensor, block_q: int, block_k: int) -> str | None:
+    """Why this kernel cannot run the call, or None where it can."""
+    if _device(q.get_device())[2] != (9, 0):
+        return "the Gluon kernel is for compute capability 9.0"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"the Gluon kernel takes bfloat16 and float16, q is {q.dtype}"
+    if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 128:
+        return f"the Gluon kernel takes 16 to 128 channels in multiples of 8, got {q.shape[-1]}"
+    if block_q != 64 and block_q % 128:
+        return f"the Gluon kernel takes 64 and multiples of 128 as block_q, got {block_q}"
+    if block_k not in (64, 128):
+        return f"the Gluon kernel takes 64 and 128 as block_k, got {block_k}"
+    return None
+
+
+@lru_cache
+def _layout(columns: int) -> NVMMASharedLayout:
+    return NVMMASharedLayout(min(128, 2 * columns), element_bitwidth=16, rank=4)
+
+
+def _descriptors(x: Tensor, rows: int, tiles: tuple[int, int]) -> list[TensorDescriptor]:
+    """Boxes of ``rows`` tokens by each channel tile; the second repeats the first where unused."""
+    return [
+        TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, columns], _layout(columns))
+        for columns in (tiles[0], tiles[1] or tiles[0])
+    ]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    *,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Output [B, H, N_q, D] and, if asked for, natural-log LSE float32 [B, H, N_q]; two launches."""
+    batch, heads, n_q, d = q.shape
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    out = empty_output(q, v)
+    lse = q.new_empty(batch, heads, n_q, dtype=torch.float32) if return_lse else None
+    counts = kv_num_blocks.expand(batch, heads, -1)
+    ids = kv_indices.expand(batch, heads, -1, -1)
+    order, counter = order_heads(counts)
+    name, processors, _ = _device(q.get_device())
+    tiles = split_head_size(d)
+    consumers = 1 if block_q == 64 else 2
+    config = hopper_config(name, consumers, block_k, sum(tiles))
+    tiles_per_head = math.ceil(n_q / (64 * consumers))
+    programs = min(processors * config.programs_per_processor, tiles_per_head * batch * heads)
+    limit = {"maxnreg": config.max_registers} if config.max_registers else {}
+    gluon._forward[(programs,)](
+        *_descriptors(q, 64, tiles), *_descriptors(k, block_k, tiles),
+        *_descriptors(v, block_k, tiles), *_descriptors(out, 64, tiles),
+        counts, ids, order, counter, lse if lse is not None else counter,
+        counts.stride(0), counts.stride(1), ids.stride(0), ids.stride(1), ids.stride(2),
+        heads, tiles_per_head, tiles_per_head * batch * heads, ids.shape[-1], programs,
+        n_q, k.shape[2], scale * math.log2(math.e),
+        CONSUMERS=consumers, TILES_PER_ROW=block_q // (64 * consumers), BLOCK_N=block_k,
+        D1=tiles[0], D2=tiles[1], STAGES=config.stages, Q_STAGES=config.q_stages,
+        PINGPONG=config.pingpong, HAS_LSE=return_lse, num_warps=4, **limit,
+    )  # fmt: skip
+    return out, lse
