@@ -214,15 +214,6 @@ def test_a_failed_gate_shows_quality_but_no_speed(workload, fake, monkeypatch, c
     assert json.loads(target.read_text())["rows"][0]["ms"] is None
 
 
-def test_the_demo_needs_a_source_checkout(monkeypatch, tmp_path):
-    import ditopt
-    from ditopt.demo import demo_workload
-
-    monkeypatch.setattr(ditopt, "__file__", str(tmp_path / "site-packages" / "ditopt" / "x.py"))
-    with pytest.raises(Exception, match="Clone the repository and run `make demo`"):
-        demo_workload()
-
-
 def test_warnings_of_ditopt_take_one_line():
     text = cli._format_warning(DitoptWarning("quality not verified"), DitoptWarning, "f.py", 3)
     assert text == "warning: quality not verified\n"
