@@ -17,7 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from ditopt.errors import DitoptError, DitoptWarning
-from ditopt.files import write_json
+from ditopt.files import check_writable, write_json
 from ditopt.progress import terminal_progress
 
 _MIN_WIDTH = 120  # columns; narrower tables would break every number in two
@@ -31,6 +31,14 @@ app = typer.Typer(
     add_completion=False,
 )
 
+
+def _can_be_written(path: Any) -> Any:
+    """Refuse a file whose folder is missing now, not after minutes of work."""
+    if path is not None and str(path) != "-":
+        check_writable(path)
+    return path
+
+
 WorkloadSpec = Annotated[
     str,
     typer.Argument(
@@ -39,7 +47,12 @@ WorkloadSpec = Annotated[
 ]
 JsonPath = Annotated[
     str | None,
-    typer.Option("--json", metavar="PATH", help="Write the result as JSON; - for standard output."),
+    typer.Option(
+        "--json",
+        metavar="PATH",
+        help="Write the result as JSON; - for standard output.",
+        callback=_can_be_written,
+    ),
 ]
 PlanPath = Annotated[Path, typer.Option("--plan", metavar="FILE", help="The plan to apply.")]
 MinPsnr = Annotated[
@@ -72,8 +85,12 @@ def profile(
     from ditopt.workload import load_workload
 
     loaded = load_workload(workload)
-    with terminal_progress() as progress:
-        result = measure(loaded, out, seeds, progress, source=loaded.origin)
+    try:
+        with terminal_progress() as progress:
+            result = measure(loaded, out, seeds, progress, source=loaded.origin)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command resumes the profile", err=True)
+        raise
     _show(f"Profile written to {out}.", result.model_dump(mode="json"), json_path)
 
 
@@ -82,7 +99,12 @@ def plan(
     profile_dir: Annotated[
         Path, typer.Argument(metavar="DIR", help="What `ditopt profile` wrote.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="Plan file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="Plan file to write.", callback=_can_be_written
+        ),
+    ],
     min_psnr: MinPsnr = None,
     target_speedup: Annotated[
         float | None, typer.Option("--target-speedup", metavar="X", help="Dense time over plan's.")

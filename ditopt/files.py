@@ -54,6 +54,21 @@ def _default_mode() -> int:
     return 0o666 & ~mask
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that cannot be written, before the work that would fill it.
+
+    Raises:
+        FileError: its folder is missing or may not be written to, or a folder has its name.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise FileError(f"cannot write {str(target)!r}: it is a folder")
+    if not target.parent.is_dir():
+        raise FileError(f"cannot write {str(target)!r}: its folder does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise FileError(f"cannot write {str(target)!r}: its folder is not writable")
+
+
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """The folder at `path`, made with its parents where it is missing."""
     try:

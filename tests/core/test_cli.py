@@ -151,6 +151,22 @@ def test_profile_passes_its_options_on(workload, fake, tmp_path):
     assert json.loads(target.read_text()) == {"seeds": [0]}
 
 
+def test_an_interrupted_profile_says_that_it_resumes(workload, fake, monkeypatch, capsys):
+    def profile(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    fake("profiling", profile=profile)
+    assert run_main(monkeypatch, "profile", workload, "-o", "prof") == 130
+    assert "the same command resumes the profile" in capsys.readouterr().err
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(workload, monkeypatch, capsys):
+    assert run_main(monkeypatch, "bench", workload, "--json", "nowhere/out.json") == 2
+    assert "its folder does not exist" in capsys.readouterr().err
+    assert run_main(monkeypatch, "plan", "prof", "-o", "nowhere/plan.yaml") == 2
+    assert "its folder does not exist" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -71,3 +71,22 @@ def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(target, {"psnr_db": float("nan")})
     assert target.read_text() == "old"
+
+
+def test_targets_are_checked_before_the_work(tmp_path):
+    files.check_writable(tmp_path / "out.json")
+    files.check_writable("out.json")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileError, match="it is a folder"):
+        files.check_writable(tmp_path)
+    with pytest.raises(FileError, match="its folder does not exist"):
+        files.check_writable(tmp_path / "nowhere" / "out.json")
+
+
+def test_folders_are_made_with_their_parents(tmp_path):
+    made = files.make_folder(tmp_path / "a" / "b")
+    assert made.is_dir()
+    assert files.make_folder(made) == made
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"cannot make the folder .*Not a directory"):
+        files.make_folder(tmp_path / "file" / "c")
