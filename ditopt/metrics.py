@@ -112,7 +112,9 @@ def _gaussian(size: int) -> Tensor:
 
 def compare(result: Tensor, dense: Tensor, data_range: float | None = None) -> Quality:
     """All three measures of a result of shape [..., H, W]; one axis alone counts as one row."""
-    result, dense = torch.atleast_2d(result.to(dense.device)), torch.atleast_2d(dense)
+    result = result.to(dense.device)
+    if dense.dim() < 2:
+        result, dense = result.reshape(1, -1), dense.reshape(1, -1)
     return Quality(
         psnr_db=psnr(result, dense, data_range),
         ssim=ssim(result, dense, data_range),

@@ -62,6 +62,11 @@ def test_compare_puts_them_together():
     assert quality.psnr_db == pytest.approx(20 * math.log10(8), abs=1e-4)
 
 
+def test_compare_takes_one_axis_as_one_row():
+    dense = torch.rand(16)
+    assert metrics.compare(dense, dense).ssim == pytest.approx(1.0)
+
+
 def test_summary_is_about_decibels_per_seed():
     qualities = [metrics.Quality(20.0 + i, 0.9, 0.1 * i) for i in range(11)]
     summary = metrics.summarize(qualities)
