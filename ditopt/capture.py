@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -73,6 +73,7 @@ class Captured:
         pieces: in execution order.
         outputs: a slot, or ("value", constant), for each returned value.
         slots: number of environment slots.
+        prefix: path of the captured frame's module in the model; empty for the model itself.
         decisions: what capture had to assume or give up.
     """
 
@@ -81,6 +82,7 @@ class Captured:
     pieces: tuple[Piece, ...]
     outputs: tuple[Any, ...]
     slots: int
+    prefix: str = ""
     decisions: tuple[Decision, ...] = field(default=())
 
     @property
@@ -121,6 +123,11 @@ def _classify(node: fx.Node) -> Input:
         return Input(".".join(members), "buffer", fake)
     name = ".".join([*([] if parts[:1] in (["kwargs"], ["args"]) else parts[:1]), *members])
     return Input(name or raw, "user", fake)
+
+
+def describe_inputs(gm: fx.GraphModule) -> list[Input]:
+    """Name and role of each input of a Dynamo graph, in order."""
+    return [_classify(node) for node in graphs.placeholders(gm)]
 
 
 def _fake_mode(nodes: Sequence[fx.Node]) -> Any:
@@ -168,11 +175,12 @@ def _attribute(root: Any, target: str) -> Any:
     return root
 
 
-def capture(gm: fx.GraphModule, *, whole: bool = False) -> Captured:
+def capture(gm: fx.GraphModule, *, prefix: str = "", whole: bool = False) -> Captured:
     """Cut, deduplicate and normalise a Dynamo graph.
 
     Args:
         gm: the GraphModule that Dynamo hands to a backend; it is not changed.
+        prefix: path of the frame's module in the model. After a graph break Dynamo names everything relative to an inner module.
         whole: keep the graph in one piece.
 
     Raises:
@@ -182,14 +190,22 @@ def capture(gm: fx.GraphModule, *, whole: bool = False) -> Captured:
     calls = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
     runs = [Run("whole", "", tuple(calls))] if whole else partition(calls)
     try:
-        return _assemble(gm, runs, inputs, constants, returned)
+        captured = _assemble(gm, runs, inputs, constants, returned)
     except MutatesInput as error:
         if len(runs) <= 1:
             raise
         reason = f"kept whole: {error}"
         captured = _assemble(gm, [Run("whole", "", tuple(calls))], inputs, constants, returned)
         decision = Decision(site="model", rule="partition", applied=False, reason=reason)
-        return Captured(**{**vars(captured), "decisions": (*captured.decisions, decision)})
+        captured = replace(captured, decisions=(decision,))
+    return _prefixed(captured, prefix) if prefix else captured
+
+
+def _prefixed(captured: Captured, prefix: str) -> Captured:
+    """The same with every module path as the model names it."""
+    own = ("parameter", "buffer")
+    inputs = tuple(replace(i, name=f"{prefix}.{i.name}") if i.role in own else i for i in captured.inputs)
+    return replace(captured, inputs=inputs, prefix=prefix)
 
 
 def _assemble(

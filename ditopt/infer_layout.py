@@ -8,15 +8,17 @@ divides into the number of tokens. Each gives a grid; the rest of a sequence is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from ditopt.capture import Captured
-from ditopt.graph import fake_value
+from ditopt.graph import data_inputs, fake_value
 from ditopt.layout import TokenLayout
 from ditopt.sites import AttentionSite, attention_operands
+from ditopt.symbols import hint
 
 Grid = tuple[Any, Any, Any]  # frames, rows, columns; symbolic where the capture is
 
@@ -41,27 +43,43 @@ def infer_grid(captured: Captured, inputs: Sequence[Any]) -> tuple[Grid, str] | 
     return None
 
 
-def site_layout(captured: Captured, site: AttentionSite, grid: Grid) -> TokenLayout | str:
-    """The layout of one self or joint attention, or the reason why it has none.
+@dataclass(frozen=True)
+class SiteGeometry:
+    """How one attention's sequence is made of the token grid and text.
 
-    A sequence of one frame's tokens (Latte's spatial attention) is a grid of one frame; one token for each frame is temporal.
+    Attributes:
+        part: the whole grid, one frame of it (Latte's spatial attention), or one token for each frame (temporal).
+        text_before: whether text stands before the grid, where there is any.
     """
+
+    part: Literal["grid", "frame", "time"]
+    text_before: bool
+
+    def layout(self, grid: tuple[int, int, int], tokens: int) -> TokenLayout:
+        """The layout of a sequence of `tokens` tokens; what the grid does not fill is text."""
+        frames, height, width = grid
+        if self.part == "frame":
+            frames = 1
+        elif self.part == "time":
+            height = width = 1
+        text = tokens - frames * height * width
+        before, after = (text, 0) if self.text_before else (0, text)
+        return TokenLayout(frames, height, width, text_before=before, text_after=after)
+
+
+def site_geometry(captured: Captured, site: AttentionSite, grid: Grid) -> SiteGeometry | str:
+    """The geometry of one self or joint attention at the captured sizes, or the reason why it has none."""
     if site.kind == "cross":
         return "cross-attention has no token grid on the key side"
-    frames, height, width = (int(x) for x in grid)
-    tokens = int(site.tokens_q)
-    total = frames * height * width
-    if tokens == total:
-        return TokenLayout(frames, height, width)
+    frames, height, width = (hint(size) for size in grid)
+    tokens, total = hint(site.tokens_q), frames * height * width
+    if tokens >= total:
+        return SiteGeometry("grid", tokens > total and _text_before(captured, site, total))
     if frames > 1 and tokens == height * width:
-        return TokenLayout(1, height, width)
+        return SiteGeometry("frame", False)
     if frames > 1 and tokens == frames:
-        return TokenLayout(frames, 1, 1)
-    if tokens < total:
-        return f"the sequence has {tokens} tokens, the grid of {frames} x {height} x {width} has {total}"
-    text = tokens - total
-    before = _text_before(captured, site, total)
-    return TokenLayout(frames, height, width, text_before=text if before else 0, text_after=0 if before else text)
+        return SiteGeometry("time", False)
+    return f"the sequence has {tokens} tokens, the grid of {frames} x {height} x {width} has {total}"
 
 
 def _nodes(captured: Captured) -> Iterator[fx.Node]:
@@ -164,9 +182,9 @@ def _text_before(captured: Captured, site: AttentionSite, grid_tokens: int) -> b
             continue
         seen.add(current)
         if current.op == "call_function" and current.target is aten.cat.default:
-            lengths = [list(fake_value(part).shape) for part in current.args[0]]
-            places = [k for k, shape in enumerate(lengths) if any(s == grid_tokens for s in shape if isinstance(s, int))]
+            lengths = [[hint(size) for size in fake_value(part).shape] for part in current.args[0]]
+            places = [k for k, shape in enumerate(lengths) if grid_tokens in shape]
             if len(lengths) > 1 and len(places) == 1:
                 return places[0] > 0
-        todo.extend(current.all_input_nodes)
+        todo.extend(data_inputs(current))
     return True

@@ -15,6 +15,7 @@ from torch import fx
 from ditopt.errors import CaptureError
 from ditopt.graph import placeholders
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _KEPT_META = ("val", "nn_module_stack", "stack_trace")
 
 
@@ -49,6 +50,8 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             canonical.graph.erase_node(node)  # what `.to()` checked while tracing; the capture's guards hold it
             continue
+        if node.target in _VIEWS:
+            node.target = torch.ops.aten.reshape.default  # so that a pass may change the strides of what is viewed
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     canonical.recompile()
     return canonical

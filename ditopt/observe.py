@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ditopt.capture import Captured, capture
-from ditopt.infer_layout import Grid, infer_grid, site_layout
+from ditopt.infer_layout import Grid, SiteGeometry, infer_grid, site_geometry
 from ditopt.layout import TokenLayout
 from ditopt.sites import AttentionSite, attention_operands, find_sites
 from ditopt.stack import Stack, find_stack
+from ditopt.symbols import hint
 
 
 class Observer(Protocol):
@@ -95,11 +96,10 @@ class _Telling(fx.Interpreter):
 
 def _main_layout(captured: Captured, sites: Sequence[AttentionSite], grid: Grid) -> TokenLayout | None:
     """The layout of the longest self or joint attention: the one that patterns are worth choosing for."""
-    if not all(isinstance(size, int) for size in grid):
-        return None
-    candidates = [s for s in sites if s.kind != "cross" and s.form == "softmax" and isinstance(s.tokens_q, int)]
-    for site in sorted(candidates, key=lambda s: -s.tokens_q):
-        layout = site_layout(captured, site, grid)
-        if isinstance(layout, TokenLayout):
-            return layout
+    candidates = [s for s in sites if s.kind != "cross" and s.form == "softmax"]
+    for site in sorted(candidates, key=lambda s: -hint(s.tokens_q)):
+        geometry = site_geometry(captured, site, grid)
+        if isinstance(geometry, SiteGeometry):
+            frames, height, width = (hint(size) for size in grid)
+            return geometry.layout((frames, height, width), hint(site.tokens_q))
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
@@ -16,13 +17,15 @@ from ditopt.backends.base import Backend, Lowered
 from ditopt.capture import Captured, Piece
 from ditopt.config import Options
 from ditopt.graph import placeholders
-from ditopt.passes.base import BlockLists, FusedWeight, PassContext, SparseChoice
+from ditopt.infer_layout import Grid, SiteGeometry
+from ditopt.passes.base import BlockLists, FusedWeight, NodeDecision, PassContext, SparseChoice
 from ditopt.patterns import HeadPattern, block_lists
 from ditopt.pipeline import PassRunner
 from ditopt.report import Decision
-from ditopt.runtime import InputRoles, Programs
+from ditopt.runtime import InputRoles, Programs, count
 from ditopt.sites import AttentionSite, instance_path
 from ditopt.stack import Stack
+from ditopt.symbols import evaluator
 from ditopt.weights import FusedTensor
 
 Extra = Callable[[Sequence[Any]], Any]
@@ -30,10 +33,11 @@ Extra = Callable[[Sequence[Any]], Any]
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """What one phase of a plan asks for at one attention site: a pattern per head, on its token layout."""
+    """What one phase of a plan asks for at one attention site: a pattern per head, on the site's part of the token grid."""
 
     patterns: tuple[HeadPattern, ...]
-    layout: Any
+    geometry: SiteGeometry
+    grid: Grid
     block_q: int
     block_k: int
 
@@ -51,17 +55,20 @@ class Lowering:
 
     call: Lowered
     extras: tuple[FusedWeight | BlockLists, ...]
+    kernels: int
 
 
 @dataclass(frozen=True)
 class BoundPiece:
-    """A piece with its program: arguments are `env[i]` for the slots, then the extras; `free` slots are not read again."""
+    """A piece with its program: arguments are `env[i]` for the slots, then the extras; `free` slots are not read again;
+    `kernels` is the number of block-sparse attentions in it."""
 
     call: Lowered
     inputs: tuple[int, ...]
     extras: tuple[Extra, ...]
     outputs: tuple[int, ...]
     free: tuple[int, ...]
+    kernels: int
 
 
 class ProgramBuilder:
@@ -91,6 +98,7 @@ class ProgramBuilder:
         self._runner = PassRunner(options)
         self._sites = {(site.piece, site.node): site for site in sites}
         self._told: set[tuple[str, str, str]] = set()
+        self._made: dict[tuple[str, frozenset[str], frozenset[str]], list[tuple[str, NodeDecision]]] = {}
         self._weights: dict[tuple[int, tuple[int, ...]], FusedTensor] = {}
 
     def build(self, phases: Sequence[Phase], stack: Stack | None, roles: InputRoles) -> Programs:
@@ -115,7 +123,7 @@ class ProgramBuilder:
                 declined[node.name] = choice
         lowering = self._lower(piece, index, sparse, declined)
         extras = tuple(self._extra(spec, piece, index, sparse) for spec in lowering.extras)
-        return BoundPiece(lowering.call, piece.inputs, extras, piece.outputs, self._dead_after(index, kept))
+        return BoundPiece(lowering.call, piece.inputs, extras, piece.outputs, self._dead_after(index, kept), lowering.kernels)
 
     def _lower(
         self, piece: Piece, index: int, sparse: Mapping[str, HeadChoice], declined: Mapping[str, str]
@@ -131,13 +139,14 @@ class ProgramBuilder:
             )
             made = self._runner.run(gm, ctx, where)
             extras = tuple(n.meta["ditopt"] for n in placeholders(gm) if n.meta.get("ditopt") is not None)
-            self.program_keys[key] = Lowering(self.backend.lower(gm, self.options.inductor), extras)
-            self._made = {**getattr(self, "_made", {}), key: made}
+            kernels = sum(isinstance(spec, BlockLists) and spec.part == 0 for spec in extras)
+            self.program_keys[key] = Lowering(self.backend.lower(gm, self.options.inductor), extras, kernels)
+            self._made[key] = made
         nodes = {node.name: node for node in piece.body.gm.graph.nodes}
         for rule, decision in self._made[key]:
             site = self._sites.get((index, decision.node))
             node = nodes.get(decision.node)
-            name = site.id if site is not None else (instance_path(piece, node) if node is not None else where)
+            name = site.id if site is not None else (instance_path(self.captured, piece, node) if node is not None else where)
             if (name or where, rule, decision.reason) not in self._told:
                 self._told.add((name or where, rule, decision.reason))
                 self.decisions.append(
@@ -157,11 +166,20 @@ class ProgramBuilder:
                 self._weights[index, slots] = fused
                 self.fused.append(fused)
             return self._weights[index, slots].get
-        choice, site = sparse[spec.node], self._sites[index, spec.node]
-        lists = block_lists(
-            choice.patterns, choice.layout, site.tokens_q, site.tokens_k, choice.block_q, choice.block_k, self._device
-        )[spec.part]
-        return lambda env: lists
+        return self._lists(spec.part, sparse[spec.node], self._sites[index, spec.node])
+
+    def _lists(self, part: int, choice: HeadChoice, site: AttentionSite) -> Extra:
+        """The site's block lists at the sizes of each call; equal sizes give the same tensors."""
+        sizes = evaluator(self.captured, (*choice.grid, site.tokens_q, site.tokens_k))
+
+        @lru_cache(maxsize=64)
+        def make(frames: int, height: int, width: int, tokens_q: int, tokens_k: int) -> Any:
+            layout = choice.geometry.layout((frames, height, width), tokens_q)
+            return block_lists(
+                choice.patterns, layout, tokens_q, tokens_k, choice.block_q, choice.block_k, self._device
+            )[part]
+
+        return lambda env: make(*sizes(env))
 
     def _dead_after(self, index: int, kept: set[Any]) -> tuple[int, ...]:
         """Intermediate slots whose last reader is this piece; freeing them returns activation memory."""
@@ -180,6 +198,8 @@ def _run(pieces: Sequence[BoundPiece], env: list[Any]) -> None:
             env[slot] = value
         for slot in piece.free:
             env[slot] = None
+        for _ in range(piece.kernels):
+            count("block_sparse_attention")
 
 
 def _assemble(

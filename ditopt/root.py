@@ -44,6 +44,26 @@ def tensor_names(root: nn.Module) -> dict[int, str]:
     return names
 
 
+def frame_prefix(root: nn.Module, names: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Path in `root` of the module whose frame is compiled.
+
+    Args:
+        root: the model.
+        names: each parameter under the name that the frame gives it.
+
+    Returns:
+        What the model's names have in front of the frame's; empty for the model's own frame.
+    """
+    known = tensor_names(root)
+    for name, tensor in names:
+        full = known.get(id(tensor), name)
+        if full != name and full.endswith("." + name):
+            return full[: -len(name) - 1]
+        if full == name:
+            return ""
+    return ""
+
+
 def _tensor_ids(module: nn.Module) -> set[int]:
     return {id(t) for tensors in (module.parameters(), module.buffers()) for t in tensors}
 

@@ -86,7 +86,7 @@ def find_sites(captured: Captured) -> tuple[list[AttentionSite], list[LinearSite
     in_bodies = {key: list(_attention_nodes(body)) for key, body in captured.bodies.items()}
     for index, piece in enumerate(captured.pieces):
         for node, form in in_bodies[piece.body.key]:
-            path = instance_path(piece, node)
+            path = instance_path(captured, piece, node)
             site_id = f"{path or 'model'}#{ordinals[path]}"
             ordinals[path] += 1
             attention.append(_describe(site_id, node, form, index))
@@ -96,13 +96,13 @@ def find_sites(captured: Captured) -> tuple[list[AttentionSite], list[LinearSite
     return attention, linear
 
 
-def instance_path(piece: Piece, node: fx.Node) -> str:
-    """The module path of a body's node in the block that `piece` is."""
+def instance_path(captured: Captured, piece: Piece, node: fx.Node) -> str:
+    """The module path, in the model, of a body's node in the block that `piece` is."""
     path = module_path(node)
     template = piece.body.path
     if template and (path == template or path.startswith(template + ".")):
-        return piece.path + path[len(template) :]
-    return path
+        path = piece.path + path[len(template) :]
+    return ".".join(part for part in (captured.prefix, path) if part)
 
 
 def attention_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, Any, float | None]:
@@ -236,7 +236,7 @@ def _describe_linear(captured: Captured, piece: Piece, index: int, node: fx.Node
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     out_features, in_features = fake_value(weight).shape
-    name = instance_path(piece, node)
+    name = instance_path(captured, piece, node)
     base = _base(weight)
     if base.op == "placeholder":
         position = [n for n in piece.body.gm.graph.nodes if n.op == "placeholder"].index(base)

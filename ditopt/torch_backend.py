@@ -114,7 +114,7 @@ def compile_graph(
     if declined is not None:
         return _fall_back(gm, example_inputs, record, declined, options, backend_name)
 
-    captured = capture(gm)
+    captured = capture(gm, prefix=_prefix(gm, example_inputs, root))
     record.decisions += captured.decisions
     record.pieces = [(piece.kind, piece.path) for piece in captured.pieces]
     record.attention, record.linear = find_sites(captured)
@@ -124,6 +124,16 @@ def compile_graph(
     if options.strict:
         _refuse_losses(record)
     return runtime
+
+
+def _prefix(gm: fx.GraphModule, example_inputs: Sequence[Any], root: nn.Module | None) -> str:
+    from ditopt.capture import describe_inputs
+    from ditopt.root import frame_prefix
+
+    if root is None:
+        return ""
+    described = zip(describe_inputs(gm), example_inputs, strict=True)
+    return frame_prefix(root, [(i.name, value) for i, value in described if i.role in ("parameter", "buffer")])
 
 
 def _decline(root: nn.Module | None, tensors: Sequence[torch.Tensor]) -> str | None:
@@ -255,7 +265,7 @@ class _Linker:
 
     def _choices(self, plan: Plan, rules: Mapping[str, Any]) -> dict[str, Any]:
         """For each site that the plan names, its head patterns and layout, or why they cannot be used here."""
-        from ditopt.infer_layout import site_layout
+        from ditopt.infer_layout import site_geometry
         from ditopt.program import HeadChoice
 
         choices: dict[str, Any] = {}
@@ -263,19 +273,19 @@ class _Linker:
             patterns = rules.get(site.id)
             if patterns is None:
                 continue
-            if not isinstance(site.tokens_q, int) or not isinstance(site.tokens_k, int):
+            if self.captured.prefix:
                 choices[site.id] = (
-                    "the token count is symbolic: this graph serves several resolutions; compile with dynamic=False"
+                    f"a graph break makes {self.captured.prefix} a graph of its own, which equal modules share"
                 )
                 continue
-            grid = self.record.grid
+            grid: Any = self.record.grid
             if grid is None and plan.layout is not None:
                 grid = (plan.layout.frames, plan.layout.height, plan.layout.width)
-            layout = site_layout(self.captured, site, grid) if grid is not None else "the token grid is unknown"
-            if isinstance(layout, str):
-                choices[site.id] = layout
+            geometry = site_geometry(self.captured, site, grid) if grid is not None else "the token grid is unknown"
+            if isinstance(geometry, str):
+                choices[site.id] = geometry
             else:
-                choices[site.id] = HeadChoice(tuple(patterns), layout, plan.block.q, plan.block.k)
+                choices[site.id] = HeadChoice(tuple(patterns), geometry, grid, plan.block.q, plan.block.k)
         return choices
 
     def _schedule(self, plan: Plan) -> tuple[Any, Any]:

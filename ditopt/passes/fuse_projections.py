@@ -95,12 +95,3 @@ def _rewrite(gm: fx.GraphModule, members: list[fx.Node]) -> None:
     for node, part in zip(members, parts, strict=True):
         node.replace_all_uses_with(part)
         gm.graph.erase_node(node)
-    for part in parts:
-        _relax_views(part)
-
-
-def _relax_views(part: fx.Node) -> None:
-    """A part is a strided view of the fused product, so views of it may have to copy."""
-    for user in part.users:
-        if user.target is aten.view.default:
-            user.target = aten.reshape.default
