@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ditopt.workload import Denoiser, Workload
 
 Observe = Callable[[nn.Module, ProfileObserver], Callable[..., Any]]
-"""Runs a model's canonical graph and shows it to the observer, as `ditopt.observe.observe` does."""
+"""Makes a callable like the model that shows the observer what it computes."""
 
 
 def only_model(workload: Workload) -> nn.Module:
@@ -54,11 +54,22 @@ def plain_loop(workload: Workload) -> tuple[CallTrace, dict[str, Any]]:
 
 
 def observed_loop(
-    workload: Workload, seed: int, trace: CallTrace, observer: ProfileObserver, observe: Observe
+    workload: Workload,
+    seed: int,
+    trace: CallTrace,
+    observer: ProfileObserver,
+    observed: Denoiser,
 ) -> SeedRecord:
-    """Run one seed under observation; its calls must be those of `trace`."""
+    """Run one seed under observation; its calls must be those of `trace`.
+
+    Args:
+        workload: what to run.
+        seed: of the loop.
+        trace: the calls of seed 0.
+        observer: is told which call comes next.
+        observed: stands for the model and shows what it computes to `observer`.
+    """
     model = only_model(workload)
-    observed = observe(model, observer)
     energy = StepEnergy(trace)
     calls = iter(trace.calls)
 

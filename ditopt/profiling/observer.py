@@ -31,8 +31,8 @@ class ObservedSite(SiteLike, Protocol):
 class ProfileObserver:
     """Collects candidate errors on some calls, and the block stack's residuals on all.
 
-    `ditopt.observe.observe` calls `suggest_layout` before the first attention, if it can infer a grid.
-    Call `begin_call` before each call of the model and `begin_seed` before each sampling loop.
+    `ditopt.observe` calls `suggest_layout` before the first attention, if it infers a grid. The
+    profile calls `begin_seed` before each sampling loop and `begin_call` before each call.
 
     Args:
         layout: token grid, None where unknown.

@@ -102,9 +102,11 @@ def profile(
         _refuse_other(existing, draft)
     _announce(progress, seeds, loop_ms, spec)
     finished = [n for n in (existing.finished if existing else ()) if has_seed(folder, n)]
+    # Once for all seeds: Dynamo compiles a function a few times only, then runs it unobserved.
+    observed = (observe or _observe)(model, observer)
     for seed in range(seeds):
         if seed not in finished:
-            observed_loop(workload, seed, trace, observer, observe or _observe).save(folder, seed)
+            observed_loop(workload, seed, trace, observer, observed).save(folder, seed)
             finished.append(seed)
             existing = _describe(workload, model, draft.sampler, observer, seeds, source)
             existing = existing.model_copy(update={"finished": tuple(sorted(finished))})

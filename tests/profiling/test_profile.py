@@ -196,7 +196,7 @@ def test_the_profile_of_something_else_is_refused_by_name(tmp_path: Path) -> Non
     before = (tmp_path / "profile.json").read_bytes()
     for changes, options, field in (
         ({"model": Other().eval()}, {}, "model.architecture"),
-        ({"layout": None}, {}, "layout"),
+        ({"layout": TokenLayout(2, 4, 8)}, {}, "layout"),
         ({"data_range": 1.0}, {}, "data_range"),
         ({"sample": lambda model, seed: sample(model, seed, calls=5)}, {}, "sampler"),
         ({}, {"spec": ProfileSpec(observed_calls=3)}, "block"),
