@@ -164,7 +164,9 @@ def _lift_constants(
             by_attribute[str(node.target)] = lifted
             constants.append(value)
         node.replace_all_uses_with(by_attribute[str(node.target)])
-        returned = fx.map_arg(returned, lambda n, a=node: by_attribute[str(a.target)] if n is a else n)
+        returned = fx.map_arg(
+            returned, lambda n, a=node: by_attribute[str(a.target)] if n is a else n
+        )
         graph.erase_node(node)
     return graph, inputs + list(by_attribute.values()), constants, returned
 
@@ -204,7 +206,9 @@ def capture(gm: fx.GraphModule, *, prefix: str = "", whole: bool = False) -> Cap
 def _prefixed(captured: Captured, prefix: str) -> Captured:
     """The same with every module path as the model names it."""
     own = ("parameter", "buffer")
-    inputs = tuple(replace(i, name=f"{prefix}.{i.name}") if i.role in own else i for i in captured.inputs)
+    inputs = tuple(
+        replace(i, name=f"{prefix}.{i.name}") if i.role in own else i for i in captured.inputs
+    )
     return replace(captured, inputs=inputs, prefix=prefix)
 
 
@@ -240,11 +244,14 @@ def _assemble(
         results = [
             node
             for node in run.nodes
-            if node in escaping or any(user not in inside and user.op != "output" for user in node.users)
+            if node in escaping
+            or any(user not in inside and user.op != "output" for user in node.users)
         ]
         torch_key = graphs.structural_key(run.nodes, sources, results)
         if torch_key not in by_torch_key:
-            canonical = normalize(graphs.subgraph(gm, _with_attributes(run.nodes), sources, results))
+            canonical = normalize(
+                graphs.subgraph(gm, _with_attributes(run.nodes), sources, results)
+            )
             key = graphs.graph_key(canonical)
             by_torch_key[torch_key] = bodies.setdefault(key, Body(key, canonical, run.path))
         for node in results:
@@ -277,4 +284,6 @@ def _symbols_needed(
     for node in (*nodes, *sources):
         mentioned |= graphs.free_symbols(graphs.fake_value(node))
     present = set(sources)
-    return [n for name, n in sorted(symbol_inputs.items()) if name in mentioned and n not in present]
+    return [
+        n for name, n in sorted(symbol_inputs.items()) if name in mentioned and n not in present
+    ]

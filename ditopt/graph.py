@@ -116,7 +116,9 @@ def subgraph(
     return fx.GraphModule(root, graph)
 
 
-def structural_key(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> str:
+def structural_key(
+    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> str:
     """Hash of operators, constants, wiring and input types: equal keys mean interchangeable bodies.
 
     Names and parameters' values do not enter, so that the blocks of a model compare equal.

@@ -79,7 +79,9 @@ def site_geometry(captured: Captured, site: AttentionSite, grid: Grid) -> SiteGe
         return SiteGeometry("frame", False)
     if frames > 1 and tokens == frames:
         return SiteGeometry("time", False)
-    return f"the sequence has {tokens} tokens, the grid of {frames} x {height} x {width} has {total}"
+    return (
+        f"the sequence has {tokens} tokens, the grid of {frames} x {height} x {width} has {total}"
+    )
 
 
 def _nodes(captured: Captured) -> Iterator[fx.Node]:

@@ -33,7 +33,11 @@ class InspectReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; symbolic sizes as text."""
-        return {"models": {name: [_graph_json(g) for g in graphs] for name, graphs in self.graphs.items()}}
+        return {
+            "models": {
+                name: [_graph_json(g) for g in graphs] for name, graphs in self.graphs.items()
+            }
+        }
 
     def table(self) -> Group:
         """Tables for the terminal."""
@@ -71,7 +75,12 @@ def inspect_workload(workload: Workload) -> InspectReport:
 def explain(workload: Workload, plan: Plan) -> list[Decision]:
     """Every decision of compiling a workload's model with a plan, run by the reference kernels for one call."""
     graphs = _first_calls(workload, plan)
-    return [decision for records in graphs.values() for record in records for decision in record.decisions]
+    return [
+        decision
+        for records in graphs.values()
+        for record in records
+        for decision in record.decisions
+    ]
 
 
 def _first_calls(workload: Workload, plan: Plan | None) -> dict[str, list[Compiled]]:
@@ -82,7 +91,9 @@ def _first_calls(workload: Workload, plan: Plan | None) -> dict[str, list[Compil
     return found
 
 
-def _capture_one(workload: Workload, name: str, model: nn.Module, options: dict[str, Any]) -> list[Compiled]:
+def _capture_one(
+    workload: Workload, name: str, model: nn.Module, options: dict[str, Any]
+) -> list[Compiled]:
     torch.compiler.reset()
     seen = len(compiled_graphs(model))
     compiled = torch.compile(model, backend="ditopt_eager", options=options)
@@ -109,7 +120,9 @@ def _graph_json(graph: Compiled) -> dict[str, Any]:
     return {
         "grid": None if graph.grid is None else [plain(size) for size in graph.grid],
         "pieces": [{"kind": kind, "path": path} for kind, path in graph.pieces],
-        "attention": [{key: plain(value) for key, value in vars(site).items()} for site in graph.attention],
+        "attention": [
+            {key: plain(value) for key, value in vars(site).items()} for site in graph.attention
+        ],
         "linear": [vars(site) for site in graph.linear],
         "decisions": [decision.to_json() for decision in graph.decisions],
     }

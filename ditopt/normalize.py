@@ -48,10 +48,14 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         )
     for node in list(canonical.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            canonical.graph.erase_node(node)  # what `.to()` checked while tracing; the capture's guards hold it
+            canonical.graph.erase_node(
+                node
+            )  # what `.to()` checked while tracing; the capture's guards hold it
             continue
         if node.target in _VIEWS:
-            node.target = torch.ops.aten.reshape.default  # so that a pass may change the strides of what is viewed
+            node.target = (
+                torch.ops.aten.reshape.default
+            )  # so that a pass may change the strides of what is viewed
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     canonical.recompile()
     return canonical

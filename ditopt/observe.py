@@ -26,7 +26,13 @@ class Observer(Protocol):
         """The token grid that the graph shows; before the first attention."""
 
     def attention(
-        self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None
+        self,
+        site: AttentionSite,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        mask: Tensor | None,
     ) -> None:
         """One softmax attention; q, k, v are [B, H, N, D]."""
 
@@ -55,7 +61,9 @@ class _Observed:
         found = find_stack(captured)
         self._stack: Stack | None = found if isinstance(found, Stack) else None
         inferred = infer_grid(captured, inputs)
-        self._layout = _main_layout(captured, attention, inferred[0]) if inferred is not None else None
+        self._layout = (
+            _main_layout(captured, attention, inferred[0]) if inferred is not None else None
+        )
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         captured, stack = self._captured, self._stack
@@ -76,7 +84,11 @@ class _Observed:
 
 class _Telling(fx.Interpreter):
     def __init__(
-        self, gm: fx.GraphModule, observer: Observer, sites: dict[tuple[int, str], AttentionSite], piece: int
+        self,
+        gm: fx.GraphModule,
+        observer: Observer,
+        sites: dict[tuple[int, str], AttentionSite],
+        piece: int,
     ) -> None:
         super().__init__(gm)
         self._observer = observer
@@ -89,12 +101,17 @@ class _Telling(fx.Interpreter):
             q, k, v, mask, scale = attention_operands(n)
             values = [self.env[x] for x in (q, k, v)]
             self._observer.attention(
-                site, *values, scale=scale, mask=self.env[mask] if isinstance(mask, fx.Node) else None
+                site,
+                *values,
+                scale=scale,
+                mask=self.env[mask] if isinstance(mask, fx.Node) else None,
             )
         return super().run_node(n)
 
 
-def _main_layout(captured: Captured, sites: Sequence[AttentionSite], grid: Grid) -> TokenLayout | None:
+def _main_layout(
+    captured: Captured, sites: Sequence[AttentionSite], grid: Grid
+) -> TokenLayout | None:
     """The layout of the longest self or joint attention: the one that patterns are worth choosing for."""
     candidates = [s for s in sites if s.kind != "cross" and s.form == "softmax"]
     for site in sorted(candidates, key=lambda s: -hint(s.tokens_q)):

@@ -93,9 +93,7 @@ def _absorb_islands(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, li
     """Join unlabelled nodes that lie between two runs of the same block to that block."""
     merged: list[tuple[str, list[fx.Node]]] = []
     for path, nodes in runs:
-        island = (
-            len(merged) >= 2 and path and merged[-1][0] == "" and merged[-2][0] == path
-        )
+        island = len(merged) >= 2 and path and merged[-1][0] == "" and merged[-2][0] == path
         if island:
             _, between = merged.pop()
             merged[-1][1].extend(between)
@@ -136,6 +134,8 @@ def partition(nodes: Sequence[fx.Node]) -> list[Run]:
     last = max(k for k, (path, _) in enumerate(runs) if path)
     result = []
     for k, (path, members) in enumerate(runs):
-        kind: PieceKind = "block" if path else "prefix" if k < first else "suffix" if k > last else "glue"
+        kind: PieceKind = (
+            "block" if path else "prefix" if k < first else "suffix" if k > last else "glue"
+        )
         result.append(Run(kind, path, tuple(members)))
     return result

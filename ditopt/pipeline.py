@@ -50,7 +50,9 @@ class PassRunner:
         self.elapsed_ms: dict[str, float] = {}
         self._dumped = 0
 
-    def run(self, gm: fx.GraphModule, ctx: PassContext, where: str) -> list[tuple[str, NodeDecision]]:
+    def run(
+        self, gm: fx.GraphModule, ctx: PassContext, where: str
+    ) -> list[tuple[str, NodeDecision]]:
         """Rewrite `gm` in place.
 
         Returns:
@@ -69,21 +71,29 @@ class PassRunner:
             started = time.perf_counter()
             made = step.run(gm, ctx)
             gm.recompile()
-            self.elapsed_ms[step.name] = self.elapsed_ms.get(step.name, 0.0) + 1e3 * (time.perf_counter() - started)
+            self.elapsed_ms[step.name] = self.elapsed_ms.get(step.name, 0.0) + 1e3 * (
+                time.perf_counter() - started
+            )
             applied = sum(decision.applied for decision in made)
             if bool(applied) != (gm.code != before):
-                raise CaptureError(f"pass {step.name} on {where}: its decisions do not match what it did to the graph")
+                raise CaptureError(
+                    f"pass {step.name} on {where}: its decisions do not match what it did to the graph"
+                )
             if applied:
                 _settle(gm, expected, f"pass {step.name} on {where}")
             if self.fuel is not None:
                 self.fuel -= applied
             if self.options.dump:
                 self._dump(step.name, where, picture, readable(gm), made)
-            log.debug("%s on %s: %d applied, %d not", step.name, where, applied, len(made) - applied)
+            log.debug(
+                "%s on %s: %d applied, %d not", step.name, where, applied, len(made) - applied
+            )
             decisions += [(step.name, decision) for decision in made]
         return decisions
 
-    def _dump(self, name: str, where: str, before: str, after: str, made: Sequence[NodeDecision]) -> None:
+    def _dump(
+        self, name: str, where: str, before: str, after: str, made: Sequence[NodeDecision]
+    ) -> None:
         folder = Path(self.options.dump or ".")
         stem = f"{self._dumped:03d}_{where}_{name}"
         self._dumped += 1
@@ -98,7 +108,9 @@ def check_order(passes: Sequence[Pass]) -> None:
     names = {step.name for step in passes}
     wrong = []
     for step in passes:
-        wrong += [f"{step.name} must come after {other}" for other in sorted((step.after & names) - seen)]
+        wrong += [
+            f"{step.name} must come after {other}" for other in sorted((step.after & names) - seen)
+        ]
         seen.add(step.name)
     if wrong:
         raise ConfigError("; ".join(wrong), remedy="Reorder PIPELINE in ditopt/pipeline.py.")

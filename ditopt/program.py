@@ -98,7 +98,9 @@ class ProgramBuilder:
         self._runner = PassRunner(options)
         self._sites = {(site.piece, site.node): site for site in sites}
         self._told: set[tuple[str, str, str]] = set()
-        self._made: dict[tuple[str, frozenset[str], frozenset[str]], list[tuple[str, NodeDecision]]] = {}
+        self._made: dict[
+            tuple[str, frozenset[str], frozenset[str]], list[tuple[str, NodeDecision]]
+        ] = {}
         self._weights: dict[tuple[int, tuple[int, ...]], FusedTensor] = {}
 
     def build(self, phases: Sequence[Phase], stack: Stack | None, roles: InputRoles) -> Programs:
@@ -123,10 +125,21 @@ class ProgramBuilder:
                 declined[node.name] = choice
         lowering = self._lower(piece, index, sparse, declined)
         extras = tuple(self._extra(spec, piece, index, sparse) for spec in lowering.extras)
-        return BoundPiece(lowering.call, piece.inputs, extras, piece.outputs, self._dead_after(index, kept), lowering.kernels)
+        return BoundPiece(
+            lowering.call,
+            piece.inputs,
+            extras,
+            piece.outputs,
+            self._dead_after(index, kept),
+            lowering.kernels,
+        )
 
     def _lower(
-        self, piece: Piece, index: int, sparse: Mapping[str, HeadChoice], declined: Mapping[str, str]
+        self,
+        piece: Piece,
+        index: int,
+        sparse: Mapping[str, HeadChoice],
+        declined: Mapping[str, str],
     ) -> Lowering:
         key = (piece.body.key, frozenset(sparse), frozenset(declined))
         where = piece.path or piece.kind
@@ -134,31 +147,52 @@ class ProgramBuilder:
             gm = fx.GraphModule(piece.body.gm, copy.deepcopy(piece.body.gm.graph))
             ctx = PassContext(
                 options=self.options,
-                sparse={node: self._sparse_choice(index, node, choice) for node, choice in sparse.items()},
+                sparse={
+                    node: self._sparse_choice(index, node, choice)
+                    for node, choice in sparse.items()
+                },
                 declined=declined,
             )
             made = self._runner.run(gm, ctx, where)
-            extras = tuple(n.meta["ditopt"] for n in placeholders(gm) if n.meta.get("ditopt") is not None)
+            extras = tuple(
+                n.meta["ditopt"] for n in placeholders(gm) if n.meta.get("ditopt") is not None
+            )
             kernels = sum(isinstance(spec, BlockLists) and spec.part == 0 for spec in extras)
-            self.program_keys[key] = Lowering(self.backend.lower(gm, self.options.inductor), extras, kernels)
+            self.program_keys[key] = Lowering(
+                self.backend.lower(gm, self.options.inductor), extras, kernels
+            )
             self._made[key] = made
         nodes = {node.name: node for node in piece.body.gm.graph.nodes}
         for rule, decision in self._made[key]:
             site = self._sites.get((index, decision.node))
             node = nodes.get(decision.node)
-            name = site.id if site is not None else (instance_path(self.captured, piece, node) if node is not None else where)
+            name = (
+                site.id
+                if site is not None
+                else (instance_path(self.captured, piece, node) if node is not None else where)
+            )
             if (name or where, rule, decision.reason) not in self._told:
                 self._told.add((name or where, rule, decision.reason))
                 self.decisions.append(
-                    Decision(name or where, rule, decision.applied, decision.reason, (decision.node,))
+                    Decision(
+                        name or where, rule, decision.applied, decision.reason, (decision.node,)
+                    )
                 )
         return self.program_keys[key]
 
     def _sparse_choice(self, index: int, node: str, choice: HeadChoice) -> SparseChoice:
         site = self._sites[index, node]
-        return SparseChoice(choice.block_q, choice.block_k, len(choice.patterns), site.tokens_q, site.tokens_k)
+        return SparseChoice(
+            choice.block_q, choice.block_k, len(choice.patterns), site.tokens_q, site.tokens_k
+        )
 
-    def _extra(self, spec: FusedWeight | BlockLists, piece: Piece, index: int, sparse: Mapping[str, HeadChoice]) -> Extra:
+    def _extra(
+        self,
+        spec: FusedWeight | BlockLists,
+        piece: Piece,
+        index: int,
+        sparse: Mapping[str, HeadChoice],
+    ) -> Extra:
         if isinstance(spec, FusedWeight):
             slots = tuple(piece.inputs[position] for position in spec.positions)
             if (index, slots) not in self._weights:
@@ -176,7 +210,13 @@ class ProgramBuilder:
         def make(frames: int, height: int, width: int, tokens_q: int, tokens_k: int) -> Any:
             layout = choice.geometry.layout((frames, height, width), tokens_q)
             return block_lists(
-                choice.patterns, layout, tokens_q, tokens_k, choice.block_q, choice.block_k, self._device
+                choice.patterns,
+                layout,
+                tokens_q,
+                tokens_k,
+                choice.block_q,
+                choice.block_k,
+                self._device,
             )[part]
 
         return lambda env: make(*sizes(env))
@@ -193,7 +233,9 @@ class ProgramBuilder:
 
 def _run(pieces: Sequence[BoundPiece], env: list[Any]) -> None:
     for piece in pieces:
-        results = piece.call(*[env[i] for i in piece.inputs], *[extra(env) for extra in piece.extras])
+        results = piece.call(
+            *[env[i] for i in piece.inputs], *[extra(env) for extra in piece.extras]
+        )
         for slot, value in zip(piece.outputs, results, strict=True):
             env[slot] = value
         for slot in piece.free:

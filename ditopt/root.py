@@ -73,7 +73,9 @@ def offload_hook(root: nn.Module) -> str | None:
     for module in root.modules():
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):
-            if part is not None and (getattr(part, "offload", False) or "Offload" in type(part).__name__):
+            if part is not None and (
+                getattr(part, "offload", False) or "Offload" in type(part).__name__
+            ):
                 return type(part).__name__
     return None
 
@@ -81,5 +83,9 @@ def offload_hook(root: nn.Module) -> str | None:
 def compiled_in_parts(root: nn.Module, tensors: Iterable[torch.Tensor]) -> bool:
     """Whether the graph belongs to a block that was compiled for itself (`compile_repeated_blocks`)."""
     wanted = {id(tensor) for tensor in tensors}
-    parts = [m for m in root.modules() if m is not root and getattr(m, "_compiled_call_impl", None) is not None]
+    parts = [
+        m
+        for m in root.modules()
+        if m is not root and getattr(m, "_compiled_call_impl", None) is not None
+    ]
     return any(wanted <= _tensor_ids(part) for part in parts)

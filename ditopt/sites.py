@@ -167,13 +167,17 @@ def _describe(site_id: str, node: fx.Node, form: Form, piece: int) -> AttentionS
     if form == "linear":
         inner = _linear_attention_keys(node)
         assert inner is not None
-        q_side = next(a for a in node.args[:2] if isinstance(a, fx.Node) and _behind_pointwise(a) is not inner)
+        q_side = next(
+            a for a in node.args[:2] if isinstance(a, fx.Node) and _behind_pointwise(a) is not inner
+        )
         value = fake_value(q_side)
         heads, (rows, columns) = value.shape[1], value.shape[-2:]
         # q enters as [.., N, D] on the left or as [.., D, N] on the right.
         tokens, size = (rows, columns) if q_side is node.args[0] else (columns, rows)
         kind = _kind(q_side, inner)
-        return AttentionSite(site_id, kind, form, _int(heads), _int(size), tokens, tokens, "none", piece, node.name)
+        return AttentionSite(
+            site_id, kind, form, _int(heads), _int(size), tokens, tokens, "none", piece, node.name
+        )
     q, k, _, mask, _ = attention_operands(node)
     q_shape, k_shape = fake_value(q).shape, fake_value(k).shape
     return AttentionSite(
@@ -212,7 +216,9 @@ def _broadcast_rows(mask: fx.Node) -> bool:
 def _projection_inputs(node: fx.Node) -> set[fx.Node]:
     """What the nearest linear layers behind `node` read; the node's own sources where there are none."""
     linears = [
-        n for n in producers(node, lambda n: n.target is aten.linear.default) if n.target is aten.linear.default
+        n
+        for n in producers(node, lambda n: n.target is aten.linear.default)
+        if n.target is aten.linear.default
     ]
     if linears:
         return {_base(n.args[0]) for n in linears if isinstance(n.args[0], fx.Node)}

@@ -46,7 +46,9 @@ def find_stack(captured: Captured) -> Stack | str:
     if not weights:
         return "no repeated blocks were found in the graph"
     main = max(weights, key=lambda name: weights[name])
-    members = [k for k, p in enumerate(captured.pieces) if p.kind == "block" and _container(p.path) == main]
+    members = [
+        k for k, p in enumerate(captured.pieces) if p.kind == "block" and _container(p.path) == main
+    ]
     inner = (members[0], members[-1] + 1)
     wide = _extended(captured, *inner)
     stacks = [_stack(captured, *span) for span in dict.fromkeys((wide, inner))]
@@ -119,12 +121,21 @@ def _continued(
             other = captured.pieces[b]
             if other.body is piece.body and stream in other.inputs:
                 return piece.inputs[other.inputs.index(stream)]
-    candidates = [s for s in piece.inputs if not _is_weight(captured, s) and _shape_of(captured, s, writer) == wanted]
+    candidates = [
+        s
+        for s in piece.inputs
+        if not _is_weight(captured, s) and _shape_of(captured, s, writer) == wanted
+    ]
     return candidates[0] if len(candidates) == 1 else None
 
 
 def _is_weight(captured: Captured, slot: int) -> bool:
-    return slot < len(captured.inputs) and captured.inputs[slot].role in ("parameter", "buffer", "constant", "symbol")
+    return slot < len(captured.inputs) and captured.inputs[slot].role in (
+        "parameter",
+        "buffer",
+        "constant",
+        "symbol",
+    )
 
 
 def _shape_of(captured: Captured, slot: int, writer: dict[int, int]) -> object:

@@ -47,6 +47,8 @@ def evaluator(captured: Captured, sizes: Sequence[Any]) -> Callable[[Sequence[An
     @lru_cache(maxsize=64)
     def evaluate(values: Sizes) -> Sizes:
         known = {symbol: value for (_, symbol), value in zip(slots, values, strict=True)}
-        return tuple(int(e.xreplace(known)) if hasattr(e, "xreplace") else int(e) for e in expressions)
+        return tuple(
+            int(e.xreplace(known)) if hasattr(e, "xreplace") else int(e) for e in expressions
+        )
 
     return lambda env: evaluate(tuple(int(env[slot]) for slot, _ in slots))

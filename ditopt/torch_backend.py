@@ -52,7 +52,9 @@ class Compiled:
 
 
 _compiled: list[Compiled] = []
-_trackers: weakref.WeakKeyDictionary[nn.Module, dict[int, TrajectoryTracker]] = weakref.WeakKeyDictionary()
+_trackers: weakref.WeakKeyDictionary[nn.Module, dict[int, TrajectoryTracker]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def compiled_graphs(model: nn.Module) -> list[Compiled]:
@@ -62,14 +64,22 @@ def compiled_graphs(model: nn.Module) -> list[Compiled]:
 
 
 def ditopt(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Backend of `torch.compile`: capture, rewrite by the plan, lower to Inductor."""
     return compile_graph(gm, example_inputs, _parse(options, mode), "inductor")
 
 
 def ditopt_eager(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The same without a compiler: PyTorch and the reference kernels run the rewritten graph."""
     return compile_graph(gm, example_inputs, _parse(options, mode), "eager")
@@ -133,7 +143,9 @@ def _prefix(gm: fx.GraphModule, example_inputs: Sequence[Any], root: nn.Module |
     if root is None:
         return ""
     described = zip(describe_inputs(gm), example_inputs, strict=True)
-    return frame_prefix(root, [(i.name, value) for i, value in described if i.role in ("parameter", "buffer")])
+    return frame_prefix(
+        root, [(i.name, value) for i, value in described if i.role in ("parameter", "buffer")]
+    )
 
 
 def _decline(root: nn.Module | None, tensors: Sequence[torch.Tensor]) -> str | None:
@@ -163,15 +175,24 @@ def _fall_back(
     """Plain Inductor (or plain eager) for a graph that ditopt declines."""
     record.decisions.append(Decision("model", "capture", False, reason))
     if options.strict:
-        raise StrictModeError(reason, remedy="Use torch.no_grad() and compile the whole model, or switch strict off.")
+        raise StrictModeError(
+            reason, remedy="Use torch.no_grad() and compile the whole model, or switch strict off."
+        )
     if options.plan is not None:
-        raise PlanError(f"the plan cannot be applied: {reason}", remedy="Compile the whole model under torch.no_grad().")
-    warnings.warn(f"ditopt leaves this graph to {backend_name}: {reason}", DitoptWarning, stacklevel=2)
+        raise PlanError(
+            f"the plan cannot be applied: {reason}",
+            remedy="Compile the whole model under torch.no_grad().",
+        )
+    warnings.warn(
+        f"ditopt leaves this graph to {backend_name}: {reason}", DitoptWarning, stacklevel=2
+    )
     if backend_name == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=dict(options.inductor) or None)
+    compiled: Callable[..., Any] = compile_fx(
+        gm, list(example_inputs), config_patches=dict(options.inductor) or None
+    )
     return compiled
 
 
@@ -215,15 +236,21 @@ class _Linker:
         phases = [Phase()]
         if self.plan is not None:
             self._check_plan(self.plan)
-            phases = [Phase(self._choices(self.plan, phase.attention)) for phase in self.plan.phases]
+            phases = [
+                Phase(self._choices(self.plan, phase.attention)) for phase in self.plan.phases
+            ]
             schedule, stack = self._schedule(self.plan)
-        builder = ProgramBuilder(self.captured, self.record.attention, backend, self.options, self._device())
+        builder = ProgramBuilder(
+            self.captured, self.record.attention, backend, self.options, self._device()
+        )
         programs = builder.build(phases, stack, self._roles())
         self.record.decisions += builder.decisions
         self.record.programs = len(builder.program_keys)
         tracker = self._tracker(schedule) if schedule is not None and not schedule.trivial else None
         runtime = StepRuntime(programs, schedule, tracker)
-        runtime.artifact.own(t for t in self.inputs if isinstance(t, torch.Tensor) and isinstance(t, nn.Parameter))
+        runtime.artifact.own(
+            t for t in self.inputs if isinstance(t, torch.Tensor) and isinstance(t, nn.Parameter)
+        )
         for fused in builder.fused:
             runtime.artifact.on_invalidate(fused.invalidate)
         return runtime
@@ -238,7 +265,9 @@ class _Linker:
 
         names = [
             None if item.role in ("parameter", "buffer") else item.name
-            for item in self.captured.inputs[: len(self.captured.inputs) - len(self.captured.constants)]
+            for item in self.captured.inputs[
+                : len(self.captured.inputs) - len(self.captured.constants)
+            ]
         ]
         if self.plan is None:
             return InputRoles.from_names(names, timestep=None, varying=())
@@ -250,7 +279,12 @@ class _Linker:
 
         if self.root is None:
             self.record.decisions.append(
-                Decision("model", "plan", False, "the model was not found, so the plan's fingerprint is not checked")
+                Decision(
+                    "model",
+                    "plan",
+                    False,
+                    "the model was not found, so the plan's fingerprint is not checked",
+                )
             )
             return
         found = {site.id for site in self.record.attention}
@@ -258,7 +292,9 @@ class _Linker:
             sites = tuple(s for s in self.record.attention if s.form == "softmax")
         else:  # one of several graphs: the sites cannot be compared one by one
             sites = plan.model.sites
-        notes = plan.validate_against(sites, fingerprint.architecture(self.root), fingerprint.weights(self.root))
+        notes = plan.validate_against(
+            sites, fingerprint.architecture(self.root), fingerprint.weights(self.root)
+        )
         for note in notes:
             warnings.warn(note, DitoptWarning, stacklevel=2)
             self.record.decisions.append(Decision("model", "plan", True, note))
@@ -281,11 +317,17 @@ class _Linker:
             grid: Any = self.record.grid
             if grid is None and plan.layout is not None:
                 grid = (plan.layout.frames, plan.layout.height, plan.layout.width)
-            geometry = site_geometry(self.captured, site, grid) if grid is not None else "the token grid is unknown"
+            geometry = (
+                site_geometry(self.captured, site, grid)
+                if grid is not None
+                else "the token grid is unknown"
+            )
             if isinstance(geometry, str):
                 choices[site.id] = geometry
             else:
-                choices[site.id] = HeadChoice(tuple(patterns), geometry, grid, plan.block.q, plan.block.k)
+                choices[site.id] = HeadChoice(
+                    tuple(patterns), geometry, grid, plan.block.q, plan.block.k
+                )
         return choices
 
     def _schedule(self, plan: Plan) -> tuple[Any, Any]:
@@ -296,11 +338,15 @@ class _Linker:
         stack = None
         if cache is not None:
             found = find_stack(self.captured)
-            missing = {site.id for site in plan.model.sites} - {site.id for site in self.record.attention}
+            missing = {site.id for site in plan.model.sites} - {
+                site.id for site in self.record.attention
+            }
             reason = (
                 f"the model was captured in several graphs (this one lacks {min(missing)})"
                 if missing
-                else found if isinstance(found, str) else None
+                else found
+                if isinstance(found, str)
+                else None
             )
             if reason is not None:
                 self.record.decisions.append(Decision("model", "cache_blocks", False, reason))
@@ -344,4 +390,9 @@ def _whole(captured: Captured) -> Any:
 
     if not captured.pieces:
         raise CaptureError("the graph is empty, so a plan has nothing to choose")
-    return Stack(0, len(captured.pieces), tuple(s for s in dict.fromkeys(captured.outputs) if isinstance(s, int)), ())
+    return Stack(
+        0,
+        len(captured.pieces),
+        tuple(s for s in dict.fromkeys(captured.outputs) if isinstance(s, int)),
+        (),
+    )

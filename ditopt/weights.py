@@ -51,7 +51,11 @@ class FusedTensor:
     def _make(self, parts: Sequence[Tensor]) -> None:
         with torch.no_grad():
             fresh = torch.cat([part.detach() for part in parts])
-            fits = self._value is not None and self._value.shape == fresh.shape and self._value.dtype == fresh.dtype
+            fits = (
+                self._value is not None
+                and self._value.shape == fresh.shape
+                and self._value.dtype == fresh.dtype
+            )
             if fits and self._value is not None and self._value.device == fresh.device:
                 self._value.copy_(fresh)
             else:

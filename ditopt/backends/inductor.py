@@ -47,7 +47,10 @@ def _use_flex_attention(gm: fx.GraphModule) -> None:
     from ditopt.kernels.block_sparse_attention import flex
 
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target is not torch.ops.ditopt.block_sparse_attention.default:
+        if (
+            node.op != "call_function"
+            or node.target is not torch.ops.ditopt.block_sparse_attention.default
+        ):
             continue
         q, block_q, block_k = fake_value(node.args[0]), node.args[5], node.args[6]
         if flex.reason_to_decline(q, block_q, block_k) is None:

@@ -31,12 +31,16 @@ class FuseHeads:
             if node.op != "call_function" or node.target is not aten.cat.default:
                 continue
             calls = node.args[0]
-            if not calls or any(call.op != "call_function" or call.target is not op for call in calls):
+            if not calls or any(
+                call.op != "call_function" or call.target is not op for call in calls
+            ):
                 continue
             name, reason = node.name, _reject(calls)
             if reason is None:
                 _rewrite(gm, node, calls)
-            decisions.append(NodeDecision(name, reason is None, reason or f"{len(calls)} heads in one launch"))
+            decisions.append(
+                NodeDecision(name, reason is None, reason or f"{len(calls)} heads in one launch")
+            )
         return decisions
 
 
@@ -45,7 +49,10 @@ def _reject(calls: list[fx.Node]) -> str | None:
     sources = None
     for head, call in enumerate(calls):
         parts = call.args[:5]
-        if any(part.target is not aten.slice.Tensor or tuple(part.args[1:]) != (1, head, head + 1) for part in parts):
+        if any(
+            part.target is not aten.slice.Tensor or tuple(part.args[1:]) != (1, head, head + 1)
+            for part in parts
+        ):
             return "the calls do not read consecutive heads"
         these = (*(part.args[0] for part in parts), *call.args[5:])
         if sources not in (None, these):

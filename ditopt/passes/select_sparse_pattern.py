@@ -40,7 +40,10 @@ class SelectSparsePattern:
             reason = reject(node, choice.heads)
             if reason is None:
                 _rewrite(gm, node, choice)
-            text = reason or f"block-sparse, {choice.heads} heads, blocks of {choice.block_q} x {choice.block_k} tokens"
+            text = (
+                reason
+                or f"block-sparse, {choice.heads} heads, blocks of {choice.block_q} x {choice.block_k} tokens"
+            )
             decisions.append(NodeDecision(node.name, reason is None, text))
         return decisions
 
@@ -76,9 +79,13 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, choice: SparseChoice) -> None:
     with gm.graph.inserting_before(node):
         heads = []
         for head in range(choice.heads):
-            parts = tuple(gm.graph.call_function(aten.slice.Tensor, (x, 1, head, head + 1)) for x in operands)
+            parts = tuple(
+                gm.graph.call_function(aten.slice.Tensor, (x, 1, head, head + 1)) for x in operands
+            )
             arguments = (*parts, choice.block_q, choice.block_k, scale)
-            heads.append(gm.graph.call_function(torch.ops.ditopt.block_sparse_attention.default, arguments))
+            heads.append(
+                gm.graph.call_function(torch.ops.ditopt.block_sparse_attention.default, arguments)
+            )
         joined = gm.graph.call_function(aten.cat.default, (heads, 1))
     stack = node.meta.get("nn_module_stack")
     for created in (*heads, joined, *(part for head in heads for part in head.all_input_nodes)):

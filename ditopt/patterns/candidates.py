@@ -54,7 +54,7 @@ def _proposals(layout: TokenLayout) -> Iterator[HeadPattern]:
         yield from _video_proposals(layout)
     else:
         yield from _image_proposals(layout)
-    for share in (2, 4, 8, 16, 32):
+    for share in (4, 8, 16, 32):
         # A band of half-width w keeps about 2 w of N keys.
         yield Band(window=max(1, layout.tokens // (2 * share)))
 
@@ -65,9 +65,11 @@ def _video_proposals(layout: TokenLayout) -> Iterator[HeadPattern]:
         size = _part(frames, share)
         yield Window(frames=size, rows=rows, cols=cols)
         yield Window(frames=size, rows=_part(rows, 2), cols=cols)
-        yield Window(frames=size, rows=_part(rows, 4), cols=_part(cols, 4))
+    yield Window(frames=1, rows=rows, cols=cols)
+    for share in (1, 2):
+        yield Window(frames=_part(frames, share), rows=_part(rows, 4), cols=_part(cols, 4))
     frame_tokens = rows * cols
-    for share in (4, 8, 16, 64):
+    for share in (4, 16, 64):
         yield MultiDiagonal(period="frame", width=frame_tokens // (2 * share))
     # Where a frame is a multiple of the block, only this one does not touch the blocks beside it.
     yield MultiDiagonal(period="frame", width=0)

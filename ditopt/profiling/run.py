@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +186,16 @@ def _describe(
         data_range=workload.data_range,
         seeds=tuple(range(seeds)),
         source=source,
-        notes=tuple(f"{site} stays dense: {why}" for site, why in observer.left_dense.items()),
+        notes=tuple(_notes(observer.left_dense)),
     )
+
+
+def _notes(left_dense: Mapping[str, str]) -> Iterator[str]:
+    """One line for each reason, with the first site that it holds for."""
+    for reason in dict.fromkeys(left_dense.values()):
+        sites = [site for site, why in left_dense.items() if why == reason]
+        more = f" and {len(sites) - 1} more sites" if len(sites) > 1 else ""
+        yield f"{sites[0]}{more}: dense attention, {reason}"
 
 
 def _refuse_other(existing: Profile, draft: Profile) -> None:

@@ -1,4 +1,4 @@
-"""Block-sparse attention: the reference against fp64 masks, everything else against the reference."""
+"""Block-sparse attention: the reference against fp64 masks, the rest against the reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = [  # batch, heads, n_q, n_k, head size, block_q, block_k
 
 
 def random_lists(batch: int, heads: int, n_q: int, n_k: int, block_q: int, block_k: int) -> Lists:
-    """Random lists with an empty row, a single-block row and a full row wherever there are enough."""
+    """Random lists with an empty row, a single-block row and a full row where there are enough."""
     rows, width = -(-n_q // block_q), -(-n_k // block_k)
     keep = torch.rand(batch, heads, rows, width) < 0.4
     flat = keep.view(-1, width)
@@ -42,9 +42,7 @@ def random_lists(batch: int, heads: int, n_q: int, n_k: int, block_q: int, block
 
 def qkv(batch: int, heads: int, n_q: int, n_k: int, d: int, **kwargs: Any) -> tuple[Tensor, ...]:
     """q, k, v as strided views of [B, N, H, D] memory, as attention gets them in a DiT."""
-    return tuple(
-        torch.randn(batch, n, heads, d, **kwargs).transpose(1, 2) for n in (n_q, n_k, n_k)
-    )
+    return tuple(torch.randn(batch, n, heads, d, **kwargs).transpose(1, 2) for n in (n_q, n_k, n_k))
 
 
 def token_mask(lists: Lists, n_q: int, n_k: int, block_q: int, block_k: int) -> Tensor:
@@ -317,7 +315,8 @@ def gpu_kernels(args: tuple[Any, ...]) -> list[Any]:
 def test_cuda_kernels_are_within_budget(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     args = on_gpu(case(shape, dtype=dtype))
     truth = fp64_reference(args)
-    _, true_lse = reference.block_sparse_attention_with_lse(*(x.double() for x in args[:3]), *args[3:])
+    doubled = (*(x.double() for x in args[:3]), *args[3:])
+    _, true_lse = reference.block_sparse_attention_with_lse(*doubled)
     _, own_lse = reference.block_sparse_attention_with_lse(*args)
     for kernel in gpu_kernels(args):
         out, lse = kernel.forward(*args, return_lse=True)
@@ -352,7 +351,8 @@ def test_cuda_operator_passes_opcheck_compiles_and_repeats() -> None:
 @pytest.mark.skipif(NO_CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("wrong", [-1, -(1 << 20), 1 << 20, 99])
 def test_cuda_kernels_survive_wrong_ids_and_counts(wrong: int) -> None:
-    q, k, v, counts, ids, *rest = on_gpu(case((1, 2, 1000, 1000, 64, 128, 128), dtype=torch.float16))
+    shape = (1, 2, 1000, 1000, 64, 128, 128)
+    q, k, v, counts, ids, *rest = on_gpu(case(shape, dtype=torch.float16))
     args = (q, k, v, torch.full_like(counts, 1 << 20), torch.full_like(ids, wrong), *rest)
     for kernel in gpu_kernels(args):
         kernel.forward(*args)

@@ -1,8 +1,8 @@
 """The public function: checks its arguments by name, picks an implementation, calls it.
 
-Per-call checks read shapes, dtypes and devices only, so a CUDA call never waits for the GPU. What is
-inside the lists is checked where lists are made, by `validate_lists`, once per list. The kernels guard
-themselves all the same: no id reads outside the tensors.
+Per-call checks read shapes, dtypes and devices only, so a CUDA call never waits for the GPU. What
+is inside the lists is checked where lists are made, by `validate_lists`, once per list. The kernels
+guard themselves all the same: no id reads outside the tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def validate_lists(
     block_q: int,
     block_k: int,
 ) -> None:
-    """Raises ValueError unless the lists are valid for these lengths. Reads the lists: call it once.
+    """Raises ValueError unless the lists are valid for these lengths; reads them: call it once.
 
     Checked: counts within [0, KB]; used ids within [0, ceil(n_k / block_k)) and strictly ascending.
     """
@@ -92,8 +92,8 @@ def _check_list_shapes(
     query_blocks, key_blocks = -(-n_q // block_q), -(-n_k // block_k)
     if kv_num_blocks.shape[2] != query_blocks:
         raise ValueError(
-            f"kv_num_blocks: {n_q} queries in blocks of {block_q} need {query_blocks} query blocks, "
-            f"the lists have {kv_num_blocks.shape[2]}; were they made for another length?"
+            f"kv_num_blocks: {n_q} queries in blocks of {block_q} need {query_blocks} query "
+            f"blocks, the lists have {kv_num_blocks.shape[2]}; were they made for another length?"
         )
     if kv_indices.shape[3] > key_blocks:
         raise ValueError(
@@ -107,7 +107,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.ndim != 4:
             raise ValueError(f"{name}: must be [batch, head, token, channel], got {list(x.shape)}")
         if x.dtype not in (*FLOAT_DTYPES, torch.float64):
-            raise ValueError(f"{name}: must be float16, bfloat16, float32 or float64, got {x.dtype}")
+            raise ValueError(
+                f"{name}: must be float16, bfloat16, float32 or float64, got {x.dtype}"
+            )
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: must have q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
@@ -170,10 +172,11 @@ def block_sparse_attention(
 ) -> Tensor:
     """Softmax attention of each query block over the key blocks on its list.
 
-    q [B, H, N_q, D]; k, v [B, H, N_k, D], one dtype, any strides. kv_num_blocks int32 [Bl, Hl, QB] and
-    kv_indices int32 [Bl, Hl, QB, KB] with Bl in {1, B}, Hl in {1, H}: see `reference`. ``scale`` defaults
-    to D ** -0.5. Returns [B, H, N_q, D] in q's dtype; accumulation is float32 (float64 for float64).
-    Cost: 4 D FLOPs per kept (query, key) pair. Raises ValueError that starts with the argument's name.
+    q [B, H, N_q, D]; k, v [B, H, N_k, D], one dtype, any strides. kv_num_blocks int32 [Bl, Hl, QB]
+    and kv_indices int32 [Bl, Hl, QB, KB] with Bl in {1, B}, Hl in {1, H}: see `reference`.
+    ``scale`` defaults to D ** -0.5. Returns [B, H, N_q, D] in q's dtype; accumulation is float32
+    (float64 for float64). Cost: 4 D FLOPs per kept (query, key) pair. Raises ValueError that starts
+    with the argument's name.
     """
     _check_tensors(q, k, v)
     _check_list_shapes(kv_num_blocks, kv_indices, q.shape[2], k.shape[2], block_q, block_k)

@@ -1,12 +1,13 @@
 """Block-sparse attention on CPU: gather each query block's keys, then batched dense attention.
 
-Shapes and lists as in `reference`, which this must equal. Query blocks of all heads that keep the same number of tokens
-become one call of PyTorch's own CPU flash attention with batch = query blocks, so the arithmetic runs
-at dense speed and nothing is multiplied only to be masked. Heads that keep everything are one dense
-call without a gather. At most `GATHER_BYTES` of gathered keys and values exist at a time.
+Shapes and lists as in `reference`, which this must equal. Query blocks of all heads that keep the
+same number of tokens become one call of PyTorch's own CPU flash attention with batch = query
+blocks, so the arithmetic runs at dense speed and nothing is multiplied only to be masked. Heads
+that keep everything are one dense call without a gather. At most `GATHER_BYTES` of gathered keys
+and values exist at a time.
 
-dtype: float32, float64, bfloat16, float16, as PyTorch's attention takes them. Cost: 4 D FLOPs per kept
-(query, key) pair plus one copy of the kept keys and values per query block: 1 / block_q of the
+dtype: float32, float64, bfloat16, float16, as PyTorch's attention takes them. Cost: 4 D FLOPs per
+kept (query, key) pair plus one copy of the kept keys and values per query block: 1 / block_q of the
 arithmetic's operands. Not differentiable and data dependent: it runs inside the operator only.
 """
 
@@ -29,7 +30,7 @@ def _blocks(x: Tensor, block: int) -> Tensor:
 
 
 def _sanitize(counts: Tensor, ids: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
-    """Ascending valid ids first (int64, `key_blocks` marks unused entries) and how many there are."""
+    """How many valid ids there are, and the ids, int64, ascending, padded with `key_blocks`."""
     width = ids.shape[-1]
     used = torch.arange(width) < counts[..., None]
     used &= (ids >= 0) & (ids < key_blocks)
@@ -87,7 +88,10 @@ def block_sparse_attention(
                 keys = k_blocks.index_select(0, wanted).view(len(part), 1, entries * block_k, d)
                 values = v_blocks.index_select(0, wanted).view(len(part), 1, entries * block_k, -1)
                 result = scaled_dot_product_attention(
-                    q_blocks[part, None, :length], keys[:, :, :kept], values[:, :, :kept], scale=scale
+                    q_blocks[part, None, :length],
+                    keys[:, :, :kept],
+                    values[:, :, :kept],
+                    scale=scale,
                 )[:, 0]
             _scatter(out, result, part, query_blocks, block_q)
     return out

@@ -6,14 +6,15 @@ Never run it eagerly: eager FlexAttention ignores the lists and computes dense a
 eager call is refused.
 
 The lists are ordinary graph inputs: another pattern of the same list shape runs the same program
-(pad lists to the full width ceil(N_k / block_k) to share one program over densities; a narrower list
-is padded in the graph). Kept blocks are full blocks, without score or mask code in the inner loop;
-tokens at or beyond N_k are masked by the template's own tail handling. Ids and counts are clamped, so
-that a wrong list can give wrong numbers but never an access outside the tensors.
+(pad lists to the full width ceil(N_k / block_k) to share one program over densities; a narrower
+list is padded in the graph). Kept blocks are full blocks, without score or mask code in the inner
+loop; tokens at or beyond N_k are masked by the template's own tail handling. Ids and counts are
+clamped, so that a wrong list can give wrong numbers but never an access outside the tensors.
 
 dtype: CPU float32, bfloat16, float16; CUDA the same; accumulation float32. The output's strides
-follow q's. Cost: 4 D FLOPs per kept (query, key) pair. Source: attention.md section 4.24; the templates
-are ``torch/_inductor/codegen/cpp_flex_attention_template.py`` and ``kernel/flex`` (torch 2.11, 2.13).
+follow q's. Cost: 4 D FLOPs per kept (query, key) pair. Source: attention.md section 4.24; the
+templates are ``torch/_inductor/codegen/cpp_flex_attention_template.py`` and ``kernel/flex`` (torch
+2.11, 2.13).
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+
+_CUDA_OPTIONS: dict[str, bool | int] = {
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": False,
+    "OUTPUT_MAX": False,
+}
 
 
 def _identity(score: Tensor, b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
@@ -38,11 +48,9 @@ def reason_to_decline(q: Tensor, block_q: int, block_k: int) -> str | None:
         return f"FlexAttention is used on cpu and cuda only, q is on {device}"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"FlexAttention takes float32, float16 and bfloat16, q is {q.dtype}"
-    if device == "cuda" and (block_q % 128 or block_k % 64):
-        return (
-            "FlexAttention on cuda needs block_q a multiple of 128 and block_k of 64, "
-            f"got {block_q} and {block_k}"
-        )
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if device == "cuda" and (block < 16 or block & (block - 1)):
+            return f"FlexAttention on cuda takes powers of two from 16 as {name}, got {block}"
     if device == "cuda" and q.shape[-1] < 16:
         return f"FlexAttention on cuda needs a head size of at least 16, got {q.shape[-1]}"
     return None
@@ -66,7 +74,7 @@ def block_sparse_attention(
         lists = torch.nn.functional.pad(lists, (0, key_blocks - lists.shape[-1]))
     lists = lists.contiguous()
     on_cpu = q.device.type == "cpu"
-    # The C++ template runs neither score nor mask code under this option, and clips the last block
+    # Under SKIP_MASK_SCORE the C++ template runs neither score nor mask code and clips the last block
     # itself: its "partial" lists are then exactly our full blocks. The Triton template has two loops.
     mask = BlockMask(
         seq_lengths=(q.shape[2], k.shape[2]),
@@ -81,18 +89,12 @@ def block_sparse_attention(
         BLOCK_SIZE=(block_q, block_k),
         mask_mod=_everything,
     )
-    options = {"SKIP_MASK_SCORE": True, "OUTPUT_LOGSUMEXP": False} if on_cpu else _CUDA_OPTIONS
+    options: dict[str, bool | int] = {"SKIP_MASK_SCORE": True, "OUTPUT_LOGSUMEXP": False}
+    if not on_cpu:
+        options = dict(_CUDA_OPTIONS)
+        if min(block_q, block_k) < 128:  # Inductor's own tiles may be larger than the lists' blocks
+            options |= {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 128)}
     out: Tensor = torch.ops.higher_order.flex_attention(
-        q, k, v, _identity, mask.as_tuple(), scale, dict(options)
+        q, k, v, _identity, mask.as_tuple(), scale, options
     )[0]
     return out
-
-
-_CUDA_OPTIONS = {
-    "PRESCALE_QK": False,
-    "ROWS_GUARANTEED_SAFE": False,
-    "BLOCKS_ARE_CONTIGUOUS": False,
-    "WRITE_DQ": True,
-    "OUTPUT_LOGSUMEXP": False,
-    "OUTPUT_MAX": False,
-}

@@ -1,14 +1,19 @@
-"""Block-sparse attention forward in Gluon for Hopper (sm_90): TMA, mbarriers, warp-specialised wgmma.
+# Kernels are another language: their parameters have no Python types and constexprs are upper case.
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+# ruff: noqa: N803, N806
+"""Block-sparse attention forward in Gluon for Hopper: TMA, mbarriers, warp-specialised wgmma.
 
-Shapes, lists and results as in `reference`; `hopper` launches it. bfloat16 or float16 in and out, float32
-accumulation. A tile is 64 query rows for each of CONSUMERS warpgroups; a key tile is one list entry.
-D = D1 + D2 channels (D2 = 0 for none); channels beyond the tensor's are read as zeros and not written.
+Shapes, lists and results as in `reference`; `hopper` launches it. bfloat16 or float16 in and out,
+float32 accumulation. A tile is 64 query rows for each of CONSUMERS warpgroups; a key tile is one
+list entry. D = D1 + D2 channels (D2 = 0 for none); channels beyond the tensor's are read as zeros
+and not written.
 
-Persistent CTAs take tiles from a counter, heads in descending order of work. A producer warp walks the lists
-and fills rings of K and V tiles by TMA; each consumer overlaps the softmax of one tile with the matrix products around
-it, and with PINGPONG two consumers take turns at the tensor cores (FlashAttention-3, arXiv 2407.08608,
-section 3). The last entry of a list goes first: ids ascend, so it alone can be ragged and masked.
-TMA clips every box to the tensor, so an id out of range reads nothing outside.
+Persistent CTAs take tiles from a counter, heads in descending order of work. A producer warp walks
+the lists and fills rings of K and V tiles by TMA; each consumer overlaps the softmax of one tile
+with the matrix products around it, and with PINGPONG two consumers take turns at the tensor cores
+(FlashAttention-3, arXiv 2407.08608, section 3). The last entry of a list goes first: ids ascend, so
+it alone can be ragged and masked. TMA clips every box to the tensor, so an id out of range reads
+nothing outside.
 
 Cost: 4 D FLOPs per kept (query, key) pair; 4 D BLOCK_N bytes, mostly from L2, per list entry.
 """
@@ -25,14 +30,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# The functions below share two tuples. `bars`: q full, q empty, k full, k empty, v full, v empty, turn.
-# `work`: counts, ids, order and counter pointers; strides of counts (b, h) and ids (b, h, q); heads,
-# tiles of a head, tiles in all, width of the lists, programs.
+# The functions below share two tuples. `bars`: q full, q empty, k full, k empty, v full, v empty,
+# turn. `work`: counts, ids, order and counter pointers; strides of counts (b, h) and ids (b, h, q);
+# heads, tiles of a head, tiles in all, width of the lists, programs.
 
 
 @gluon.jit
-def _locate(work, tile, TILES_PER_ROW: gl.constexpr):  # type: ignore[no-untyped-def]
-    """(b, h, tile of the head, list length, list pointer); tiles of one head are neighbours (L2)."""
+def _locate(work, tile, TILES_PER_ROW: gl.constexpr):
+    """(b, h, tile of the head, list length, list pointer); a head's tiles are neighbours (L2)."""
     heads = work[9]
     bh = tile // work[10]
     block = tile - bh * work[10]
@@ -47,7 +52,7 @@ def _locate(work, tile, TILES_PER_ROW: gl.constexpr):  # type: ignore[no-untyped
 
 
 @gluon.jit
-def _fetch(desc1, desc2, smem1, smem2, slot, bar, b, h, row, D1: gl.constexpr, D2: gl.constexpr):  # type: ignore[no-untyped-def]
+def _fetch(desc1, desc2, smem1, smem2, slot, bar, b, h, row, D1: gl.constexpr, D2: gl.constexpr):
     """One tile of rows, both channel ranges, into ring slot ``slot``; ``bar`` expects the bytes."""
     tma.async_copy_global_to_shared(desc1, [b, h, row, 0], bar, smem1.index(slot))
     if D2 > 0:
@@ -55,7 +60,7 @@ def _fetch(desc1, desc2, smem1, smem2, slot, bar, b, h, row, D1: gl.constexpr, D
 
 
 @gluon.jit
-def _produce(  # type: ignore[no-untyped-def]
+def _produce(
     descs, smem, tile_smem, bars, work,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
     D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
@@ -78,7 +83,7 @@ def _produce(  # type: ignore[no-untyped-def]
                    b, h, (block * CONSUMERS + part) * 64, D1, D2)  # fmt: skip
         nth += 1
         tile = following
-        for j in range(0, count):
+        for j in range(count):
             start = gl.load(ids + (count - 1 - j)) * BLOCK_N
             slot = it % STAGES
             phase = ((it // STAGES) & 1) ^ 1
@@ -96,7 +101,7 @@ def _produce(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _scores(q1, q2, smem, slot, zero, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr):  # type: ignore[no-untyped-def]
+def _scores(q1, q2, smem, slot, zero, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr):
     """Starts q k^T [64, BLOCK_N] of the K tile in ``slot``; not finished on return."""
     k1 = smem[2].index(slot).reshape([BLOCK_N, D1]).permute((1, 0))
     s = warpgroup_mma(q1, k1, zero, use_acc=False, is_async=True)
@@ -107,7 +112,7 @@ def _scores(q1, q2, smem, slot, zero, BLOCK_N: gl.constexpr, D1: gl.constexpr, D
 
 
 @gluon.jit
-def _values(p, smem, slot, o1, o2, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr):  # type: ignore[no-untyped-def]
+def _values(p, smem, slot, o1, o2, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr):
     """Starts o += p v of the V tile in ``slot``; not finished on return."""
     o1 = warpgroup_mma(p, smem[4].index(slot).reshape([BLOCK_N, D1]), o1, is_async=True)
     if D2 > 0:
@@ -116,7 +121,7 @@ def _values(p, smem, slot, o1, o2, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: 
 
 
 @gluon.jit
-def _finish(o1, o2, D2: gl.constexpr):  # type: ignore[no-untyped-def]
+def _finish(o1, o2, D2: gl.constexpr):
     """Waits for every matrix product of this warpgroup."""
     if D2 > 0:
         o1, o2 = warpgroup_mma_wait(0, (o1, o2))
@@ -127,7 +132,7 @@ def _finish(o1, o2, D2: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _consume(  # type: ignore[no-untyped-def]
+def _consume(
     descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
     D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
@@ -160,7 +165,7 @@ def _consume(  # type: ignore[no-untyped-def]
         o1 = gl.zeros([64, D1], gl.float32, o1_layout)
         o2 = gl.zeros([64, REST], gl.float32, o2_layout)
         m = gl.zeros([64], gl.float32, rows)
-        l = gl.zeros([64], gl.float32, rows)
+        norm = gl.zeros([64], gl.float32, rows)
         zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
         if count > 0:
             start = gl.load(ids + count - 1) * BLOCK_N
@@ -173,7 +178,7 @@ def _consume(  # type: ignore[no-untyped-def]
             m = gl.max(s, 1)
             m = gl.where(m == float("-inf"), 0.0, m * qk_scale)
             p32 = gl.exp2(s * qk_scale - m[:, None])
-            l = gl.sum(p32, 1)
+            norm = gl.sum(p32, 1)
             p = gl.convert_layout(p32.to(dtype), p_layout)
             ahead = it + 1
             mbarrier.wait(k_full.index(ahead % STAGES), (ahead // STAGES) & 1, count > 1)
@@ -194,7 +199,7 @@ def _consume(  # type: ignore[no-untyped-def]
                 alpha = gl.exp2(m - m_new)
                 m = m_new
                 p32 = gl.exp2(s * qk_scale - m[:, None])
-                l = l * alpha + gl.sum(p32, 1)
+                norm = norm * alpha + gl.sum(p32, 1)
                 p_next = gl.convert_layout(p32.to(dtype), p_layout)
                 # NOTE: without a wait on a barrier here, ptxas (triton 3.6.0) moves the next wait,
                 # the one for the products with V, above the softmax, and nothing overlaps.
@@ -212,9 +217,9 @@ def _consume(  # type: ignore[no-untyped-def]
             o1, o2 = _finish(o1, o2, D2)
             mbarrier.arrive(v_empty.index(it % STAGES), count=1)
             it += 1
-        inverse = 1.0 / gl.where(l == 0.0, 1.0, l)
+        inverse = 1.0 / gl.where(norm == 0.0, 1.0, norm)
         first_row = (block * CONSUMERS + PART) * 64
-        # The query tile is no longer needed: its memory stages the output, which TMA clips and writes.
+        # The query tile is done with: its memory stages the output, which TMA clips and writes.
         q1.store((o1 * gl.convert_layout(inverse, rows1)[:, None]).to(dtype))
         if D2 > 0:
             q2.store((o2 * gl.convert_layout(inverse, rows2)[:, None]).to(dtype))
@@ -223,10 +228,11 @@ def _consume(  # type: ignore[no-untyped-def]
         if D2 > 0:
             tma.async_copy_shared_to_global(descs[7], [b, h, first_row, D1], smem[1].index(q_part))
         if HAS_LSE:
-            # m is in log2 units; the boundary speaks natural logarithms. Empty rows: log2(0) = -inf.
+            # m is in log2 units, the result in natural ones. Empty rows: log2(0) = -inf.
             offs_m = first_row + gl.arange(0, 64, rows)
-            lse = (m + gl.log2(l)) * 0.6931471805599453
-            gl.store(lse_ptr + (b * work[9] + h).to(gl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
+            lse = (m + gl.log2(norm)) * 0.6931471805599453
+            lse_row = lse_ptr + (b * work[9] + h).to(gl.int64) * n_q
+            gl.store(lse_row + offs_m, lse, mask=offs_m < n_q)
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(q_slot), count=1)
         nth += 1
@@ -236,12 +242,12 @@ def _consume(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _ring(desc, slots: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr):  # type: ignore[no-untyped-def]
+def _ring(desc, slots: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr):
     return gl.allocate_shared_memory(desc.dtype, [slots, 1, 1, ROWS, COLS], desc.layout)
 
 
 @gluon.jit
-def _barriers(slots: gl.constexpr, count: gl.constexpr):  # type: ignore[no-untyped-def]
+def _barriers(slots: gl.constexpr, count: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(slots):
         mbarrier.init(bars.index(i), count=count)
@@ -249,7 +255,7 @@ def _barriers(slots: gl.constexpr, count: gl.constexpr):  # type: ignore[no-unty
 
 
 @gluon.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     q_desc, q2_desc, k_desc, k2_desc, v_desc, v2_desc, o_desc, o2_desc,
     counts_ptr, ids_ptr, order_ptr, counter_ptr, lse_ptr,
     stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
@@ -269,7 +275,8 @@ def _forward(  # type: ignore[no-untyped-def]
         q2 = q1
         k2 = k1
         v2 = v1
-    tile_smem = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    note: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tile_smem = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], note)
     smem = (q1, q2, k1, k2, v1, v2)
     bars = (
         _barriers(Q_STAGES, 1), _barriers(Q_STAGES, CONSUMERS),
@@ -277,7 +284,8 @@ def _forward(  # type: ignore[no-untyped-def]
         _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS), _barriers(2, 1),
     )  # fmt: skip
     work = (
-        counts_ptr, ids_ptr, order_ptr, counter_ptr, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
+        counts_ptr, ids_ptr, order_ptr, counter_ptr,
+        stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
         heads, tiles_per_head, tiles, width, programs,
     )  # fmt: skip
     descs = (q_desc, q2_desc, k_desc, k2_desc, v_desc, v2_desc, o_desc, o2_desc)
@@ -287,12 +295,12 @@ def _forward(  # type: ignore[no-untyped-def]
         gl.warp_specialize(
             [
                 (_consume, (
-                    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale, CONSUMERS, TILES_PER_ROW,
-                    BLOCK_N, D1, D2, STAGES, Q_STAGES, PINGPONG, HAS_LSE, gl.constexpr(0),
+                    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
+                    CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES, PINGPONG, HAS_LSE, gl.constexpr(0),
                 )),
                 (_consume, (
-                    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale, CONSUMERS, TILES_PER_ROW,
-                    BLOCK_N, D1, D2, STAGES, Q_STAGES, PINGPONG, HAS_LSE, gl.constexpr(1),
+                    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
+                    CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES, PINGPONG, HAS_LSE, gl.constexpr(1),
                 )),
                 (_produce, (
                     descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2,
@@ -306,8 +314,8 @@ def _forward(  # type: ignore[no-untyped-def]
         gl.warp_specialize(
             [
                 (_consume, (
-                    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale, CONSUMERS, TILES_PER_ROW,
-                    BLOCK_N, D1, D2, STAGES, Q_STAGES, False, HAS_LSE, gl.constexpr(0),
+                    descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
+                    CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES, False, HAS_LSE, gl.constexpr(0),
                 )),
                 (_produce, (
                     descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2,

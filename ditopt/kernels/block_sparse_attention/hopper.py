@@ -1,4 +1,4 @@
-"""Launches the Gluon kernel: what it takes, its tiles, its descriptors. Imported on the first launch."""
+"""Launches the Gluon kernel: what it takes, its tiles, its descriptors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def forward(
     *,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [B, H, N_q, D] and, if asked for, natural-log LSE float32 [B, H, N_q]; two launches."""
+    """Output [B, H, N_q, D] and, if asked for, natural-log LSE float32 [B, H, N_q]."""
     batch, heads, n_q, d = q.shape
     q, k, v = aligned(q), aligned(k), aligned(v)
     out = empty_output(q, v)

@@ -1,8 +1,9 @@
-"""``torch.ops.ditopt.block_sparse_attention``: schema, fake implementation and lazy device dispatch.
+"""``torch.ops.ditopt.block_sparse_attention``: schema, fake implementation, device dispatch.
 
-CPU runs `cpu`, CUDA runs `hopper` where that kernel takes the call and `triton` elsewhere
-(imported on the first launch, so this module needs no Triton). The output has q's shape and dtype and always lies in memory as [B, N_q, H, D]: what follows
-attention in a DiT is ``out.transpose(1, 2).flatten(2)``, which is then free. The fake says the same.
+CPU runs `cpu`, CUDA runs `hopper` where that kernel takes the call and `triton` elsewhere (both are
+imported on the first launch, so this module needs no Triton). The output has q's shape and dtype and
+always lies in memory as [B, N_q, H, D]: what follows attention in a DiT is
+``out.transpose(1, 2).flatten(2)``, which is then free. The fake says the same.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from . import cpu
 
-_SCHEMA = (
-    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, "
-    "Tensor kv_indices, int block_q, int block_k, float scale) -> Tensor"
+_NAME = "ditopt::block_sparse_attention"
+torch.library.define(
+    _NAME,
+    "(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, "
+    "Tensor kv_indices, int block_q, int block_k, float scale) -> Tensor",
 )
-_library = torch.library.Library("ditopt", "FRAGMENT")
-_library.define(_SCHEMA)
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:
@@ -26,6 +27,7 @@ def empty_output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(batch, n_q, heads, v.shape[-1]).transpose(1, 2)
 
 
+@torch.library.impl(_NAME, "cpu")
 def _cpu(
     q: Tensor,
     k: Tensor,
@@ -41,6 +43,7 @@ def _cpu(
     )
 
 
+@torch.library.impl(_NAME, "cuda")
 def _cuda(
     q: Tensor,
     k: Tensor,
@@ -54,9 +57,11 @@ def _cuda(
     from . import hopper, triton  # Triton is imported on the first launch only
 
     kernel = triton if hopper.reason_to_decline(q, block_q, block_k) else hopper
-    return kernel.forward(q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale)[0]
+    out: Tensor = kernel.forward(q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale)[0]
+    return out
 
 
+@torch.library.register_fake(_NAME)
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -68,11 +73,6 @@ def _fake(
     scale: float,
 ) -> Tensor:
     return empty_output(q, v)
-
-
-_library.impl("block_sparse_attention", _cpu, "CPU")
-_library.impl("block_sparse_attention", _cuda, "CUDA")
-torch.library.register_fake("ditopt::block_sparse_attention", _fake, lib=_library)
 
 
 def call(

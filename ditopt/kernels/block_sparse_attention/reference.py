@@ -1,11 +1,11 @@
-"""Block-sparse attention in plain PyTorch: the specification every other implementation is tested against.
+"""Block-sparse attention in plain PyTorch: the specification of every other implementation.
 
 Shapes: ``q`` [B, H, N_q, D], ``k`` and ``v`` [B, H, N_k, D]; ``kv_num_blocks`` [Bl, Hl, QB] and
-``kv_indices`` [Bl, Hl, QB, KB], integer, with Bl in {1, B}, Hl in {1, H} and
-QB = ceil(N_q / block_q). Row i of block q attends to the tokens of the key blocks
-``kv_indices[..., i, :kv_num_blocks[..., i]]``; a kept block is kept whole and tokens at or beyond N_k
-do not exist. Ids outside the keys contribute nothing, counts are clamped to [0, KB], a row without
-keys gives zeros and a log-sum-exp of -inf.
+``kv_indices`` [Bl, Hl, QB, KB], integer, with Bl in {1, B}, Hl in {1, H} and QB = ceil(N_q /
+block_q). Row i of block q attends to the tokens of the key blocks ``kv_indices[..., i,
+:kv_num_blocks[..., i]]``; a kept block is kept whole and tokens at or beyond N_k do not exist. Ids
+outside the keys contribute nothing, counts are clamped to [0, KB], a row without keys gives zeros
+and a log-sum-exp of -inf.
 
 dtype: float64 inputs are computed in float64, everything else accumulates in float32; the output
 has q's dtype. Cost: 4 D FLOPs per kept (query, key) pair; memory of one query block's scores
@@ -43,7 +43,7 @@ def block_sparse_attention_with_lse(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention output [B, H, N_q, D] in q's dtype and natural-log LSE [B, H, N_q] in the accumulator's."""
+    """Output [B, H, N_q, D] in q's dtype, natural-log LSE [B, H, N_q] in the accumulator's."""
     batch, heads, n_q, _ = q.shape
     n_k = k.shape[2]
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,10 +1,13 @@
+# Kernels are another language: their parameters have no Python types and constexprs are upper case.
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
 """Block-sparse attention forward in plain Triton (sm_80 and later): the portable kernel.
 
 Shapes and lists as in `reference`. dtype: bfloat16 and float16 in and out (float32 runs with IEEE
-dots, for tests); scores, softmax and accumulation are float32. One program owns one query block (or a
-part of at most 128 rows of it) of one head and walks its list; q is kept in registers or shared memory,
-K and V tiles are software-pipelined through the id loads. Head sizes that are no power of two are split
-into two tiles (72 = 64 + 16, 96 = 64 + 32), so that nothing is multiplied with more than 15 zeros.
+dots, for tests); scores, softmax and accumulation are float32. One program owns one query block (or
+a part of at most 128 rows of it) of one head and walks its list; q is kept in registers or shared
+memory, K and V tiles are software-pipelined through the id loads. Head sizes that are no power of
+two are split into two tiles (72 = 64 + 16, 96 = 64 + 32), so that nothing is multiplied with more
+than 15 zeros.
 
 Only the last entry of a list can be ragged (ids ascend), so only that one runs mask code. Loads are
 guarded by 0 <= token < N_k in every case: an id out of range reads nothing.
@@ -27,7 +30,7 @@ from .ops import empty_output
 
 
 @triton.jit
-def _load_rows(ptr, offs, stride, n, cols, D: tl.constexpr, GUARD_COLS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_rows(ptr, offs, stride, n, cols, D: tl.constexpr, GUARD_COLS: tl.constexpr):
     """Rows ``offs`` of a [n, D] matrix; columns ``cols``; zeros outside."""
     mask = ((offs >= 0) & (offs < n))[:, None]
     if GUARD_COLS:
@@ -36,8 +39,8 @@ def _load_rows(ptr, offs, stride, n, cols, D: tl.constexpr, GUARD_COLS: tl.const
 
 
 @triton.jit
-def _step(  # type: ignore[no-untyped-def]
-    acc1, acc2, m, l, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
+def _step(
+    acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
     MASK: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -53,24 +56,21 @@ def _step(  # type: ignore[no-untyped-def]
     if MASK:
         s = tl.where(((offs_n >= 0) & (offs_n < n_k))[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
-    if MASK:
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    else:
-        shift = m_new
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASK else m_new
     p = tl.math.exp2(s * qk_scale - shift[:, None])
     alpha = tl.math.exp2(m - shift)
-    l = l * alpha + tl.sum(p, 1)
+    norm = norm * alpha + tl.sum(p, 1)
     v1 = _load_rows(v_ptr, offs_n, stride_vn, n_k, cols1, D, False)
     p = p.to(v1.dtype)
     acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision=PRECISION)
     if D2 > 0:
         v2 = _load_rows(v_ptr, offs_n, stride_vn, n_k, D1 + tl.arange(0, D2), D, D1 + D2 > D)
         acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision=PRECISION)
-    return acc1, acc2, m_new, l
+    return acc1, acc2, m_new, norm
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, counts_ptr, ids_ptr, order_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
@@ -88,14 +88,15 @@ def _forward(  # type: ignore[no-untyped-def]
     h = (pid_bh % heads).to(tl.int64)
     row = pid_m // (BLOCK_Q // BLOCK_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    # NOTE: the launcher guarantees these. Without them D = 72 gave some pipelined and some plain loads
-    # in one loop, and triton 3.6.0 then read at addresses made from ids it had not loaded yet.
-    q_ptr += b * tl.multiple_of(stride_qb, 8) + h * tl.multiple_of(stride_qh, 8)
-    k_ptr += b * tl.multiple_of(stride_kb, 8) + h * tl.multiple_of(stride_kh, 8)
-    v_ptr += b * tl.multiple_of(stride_vb, 8) + h * tl.multiple_of(stride_vh, 8)
-    stride_qm = tl.multiple_of(stride_qm, 8)
-    stride_kn = tl.multiple_of(stride_kn, 8)
-    stride_vn = tl.multiple_of(stride_vn, 8)
+    # NOTE: strides of q, k and v come in units of 8 elements, so that the compiler knows that rows
+    # start at multiples of 16 bytes. Where it did not, D = 72 mixed pipelined with plain loads in one
+    # loop, and the program (triton 3.6.0) ended in an illegal memory access.
+    q_ptr += b * (stride_qb * 8) + h * (stride_qh * 8)
+    k_ptr += b * (stride_kb * 8) + h * (stride_kh * 8)
+    v_ptr += b * (stride_vb * 8) + h * (stride_vh * 8)
+    stride_qm = stride_qm * 8
+    stride_kn = stride_kn * 8
+    stride_vn = stride_vn * 8
     out_ptr += b * stride_ob + h * stride_oh
     ids_ptr += b * stride_ib + h * stride_ih + row.to(tl.int64) * stride_iq
     count = tl.load(counts_ptr + b * stride_cb + h * stride_ch + row)
@@ -112,27 +113,28 @@ def _forward(  # type: ignore[no-untyped-def]
         q2 = q1
         acc2 = acc1
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
     TILES: tl.constexpr = BLOCK_K // BLOCK_N
     # The last tile of the list is peeled: the loop below has no mask code.
     total = count * TILES
-    for j in range(0, total - TILES):
+    for j in range(total - TILES):
         start = tl.load(ids_ptr + j // TILES) * BLOCK_K + (j % TILES) * BLOCK_N
-        acc1, acc2, m, l = _step(
-            acc1, acc2, m, l, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
+        acc1, acc2, m, norm = _step(
+            acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
             False, BLOCK_N, D, D1, D2, PRECISION,
         )  # fmt: skip
     for j in range(tl.maximum(total - TILES, 0), total):
         start = tl.load(ids_ptr + j // TILES) * BLOCK_K + (j % TILES) * BLOCK_N
-        acc1, acc2, m, l = _step(
-            acc1, acc2, m, l, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
+        acc1, acc2, m, norm = _step(
+            acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
             True, BLOCK_N, D, D1, D2, PRECISION,
         )  # fmt: skip
 
-    inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
+    inverse = 1.0 / tl.where(norm == 0.0, 1.0, norm)
     out_rows = out_ptr + offs_m[:, None].to(tl.int64) * stride_om
     in_q = (offs_m < n_q)[:, None]
-    tl.store(out_rows + cols1[None, :], (acc1 * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=in_q)
+    out1 = (acc1 * inverse[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_rows + cols1[None, :], out1, mask=in_q)
     if D2 > 0:
         cols2 = D1 + tl.arange(0, D2)
         tl.store(
@@ -142,16 +144,16 @@ def _forward(  # type: ignore[no-untyped-def]
         )
     if HAS_LSE:
         # m is in log2 units; the boundary speaks natural logarithms. log2(0) = -inf for empty rows.
-        lse = tl.where(l == 0.0, float("-inf"), (m + tl.math.log2(l)) * 0.6931471805599453)
+        lse = tl.where(norm == 0.0, float("-inf"), (m + tl.math.log2(norm)) * 0.6931471805599453)
         tl.store(lse_ptr + pid_bh.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
 
 
 @triton.jit
-def _order_heads(  # type: ignore[no-untyped-def]
+def _order_heads(
     counts_ptr, order_ptr, counter_ptr, stride_b, stride_h, heads, pairs, rows,
     PAIRS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rank of every (batch, head) by total list length, longest first; also clears the tile counter."""
+    """(batch, head) pairs by total list length, longest first; also clears the tile counter."""
     offs = tl.arange(0, PAIRS)
     base = counts_ptr + (offs // heads).to(tl.int64) * stride_b + (offs % heads) * stride_h
     total = tl.zeros([PAIRS], tl.int32)
@@ -169,7 +171,7 @@ def _order_heads(  # type: ignore[no-untyped-def]
 
 
 def order_heads(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(order int32 [B * H], zeroed counter int32 [1]) of counts [B, H, QB]; one small launch, no sync."""
+    """(order int32 [B * H], zeroed counter int32 [1]) of counts [B, H, QB]; one small launch."""
     batch, heads, rows = counts.shape
     pairs = batch * heads
     scratch = torch.empty(pairs + 1, dtype=torch.int32, device=counts.device)
@@ -197,7 +199,7 @@ def default_config(q: Tensor, block_q: int, block_k: int) -> PlainConfig:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """``x`` [B, H, N, D] itself where rows start at multiples of 8 elements, else a contiguous copy."""
+    """``x`` [B, H, N, D] itself where rows start at multiples of 8 elements, else a copy."""
     fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:3])
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
@@ -227,8 +229,9 @@ def forward(
     first, second = split_head_size(d)
     grid = (triton.cdiv(n_q, config.block_m), batch * heads)
     _forward[grid](
-        q, k, v, out, lse if lse is not None else out, counts, ids, order if order is not None else counts,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        q, k, v, out, lse if lse is not None else out,
+        counts, ids, order if order is not None else counts,
+        *(s // 8 for x in (q, k, v) for s in x.stride()[:3]), *out.stride()[:3],
         counts.stride(0), counts.stride(1), ids.stride(0), ids.stride(1), ids.stride(2),
         heads, n_q, k.shape[2], ids.shape[-1], scale * math.log2(math.e),
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
