@@ -74,8 +74,8 @@ def block_sparse_attention(
         lists = torch.nn.functional.pad(lists, (0, key_blocks - lists.shape[-1]))
     lists = lists.contiguous()
     on_cpu = q.device.type == "cpu"
-    # Under SKIP_MASK_SCORE the C++ template runs neither score nor mask code and clips the last block
-    # itself: its "partial" lists are then exactly our full blocks. The Triton template has two loops.
+    # Under SKIP_MASK_SCORE the C++ template runs neither score nor mask code and clips the last
+    # block itself: its "partial" lists are then our full blocks. The Triton template has two loops.
     mask = BlockMask(
         seq_lengths=(q.shape[2], k.shape[2]),
         kv_num_blocks=counts if on_cpu else torch.zeros_like(counts),

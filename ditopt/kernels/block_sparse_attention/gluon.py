@@ -1,5 +1,6 @@
 # Kernels are another language: their parameters have no Python types and constexprs are upper case.
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 # ruff: noqa: N803, N806
 """Block-sparse attention forward in Gluon for Hopper: TMA, mbarriers, warp-specialised wgmma.
 
@@ -296,11 +297,13 @@ def _forward(
             [
                 (_consume, (
                     descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
-                    CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES, PINGPONG, HAS_LSE, gl.constexpr(0),
+                    CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES,
+                    PINGPONG, HAS_LSE, gl.constexpr(0),
                 )),
                 (_consume, (
                     descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
-                    CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES, PINGPONG, HAS_LSE, gl.constexpr(1),
+                    CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES,
+                    PINGPONG, HAS_LSE, gl.constexpr(1),
                 )),
                 (_produce, (
                     descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2,
@@ -315,7 +318,8 @@ def _forward(
             [
                 (_consume, (
                     descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
-                    CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES, False, HAS_LSE, gl.constexpr(0),
+                    CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES,
+                    False, HAS_LSE, gl.constexpr(0),
                 )),
                 (_produce, (
                     descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2,

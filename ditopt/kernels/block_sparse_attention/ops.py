@@ -1,9 +1,9 @@
 """``torch.ops.ditopt.block_sparse_attention``: schema, fake implementation, device dispatch.
 
-CPU runs `cpu`, CUDA runs `hopper` where that kernel takes the call and `triton` elsewhere (both are
-imported on the first launch, so this module needs no Triton). The output has q's shape and dtype and
-always lies in memory as [B, N_q, H, D]: what follows attention in a DiT is
-``out.transpose(1, 2).flatten(2)``, which is then free. The fake says the same.
+CPU runs `cpu`, CUDA runs `hopper` where that kernel takes the call, else `triton` (both are
+imported on the first launch, so this module needs no Triton). The output has q's shape and dtype
+and always lies in memory as [B, N_q, H, D]: what follows in a DiT, ``out.transpose(1, 2).flatten(2)``,
+is then free. The fake says the same.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ def _cuda(
     return out
 
 
-@torch.library.register_fake(_NAME)
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -73,6 +72,9 @@ def _fake(
     scale: float,
 ) -> Tensor:
     return empty_output(q, v)
+
+
+torch.library.register_fake(_NAME, _fake)
 
 
 def call(

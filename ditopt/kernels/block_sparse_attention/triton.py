@@ -1,5 +1,6 @@
 # Kernels are another language: their parameters have no Python types and constexprs are upper case.
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 """Block-sparse attention forward in plain Triton (sm_80 and later): the portable kernel.
 
 Shapes and lists as in `reference`. dtype: bfloat16 and float16 in and out (float32 runs with IEEE
@@ -89,8 +90,8 @@ def _forward(
     row = pid_m // (BLOCK_Q // BLOCK_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # NOTE: strides of q, k and v come in units of 8 elements, so that the compiler knows that rows
-    # start at multiples of 16 bytes. Where it did not, D = 72 mixed pipelined with plain loads in one
-    # loop, and the program (triton 3.6.0) ended in an illegal memory access.
+    # start at multiples of 16 bytes. Where it did not, D = 72 mixed pipelined with plain loads in
+    # one loop, and the program (triton 3.6.0) ended in an illegal memory access.
     q_ptr += b * (stride_qb * 8) + h * (stride_qh * 8)
     k_ptr += b * (stride_kb * 8) + h * (stride_kh * 8)
     v_ptr += b * (stride_vb * 8) + h * (stride_vh * 8)
