@@ -2,8 +2,8 @@
 
 CPU runs `cpu`, CUDA runs `hopper` where that kernel takes the call, else `triton` (both are
 imported on the first launch, so this module needs no Triton). The output has q's shape and dtype
-and always lies in memory as [B, N_q, H, D]: what follows in a DiT, ``out.transpose(1, 2).flatten(2)``,
-is then free. The fake says the same.
+and always lies in memory as [B, N_q, H, D]: what follows in a DiT,
+``out.transpose(1, 2).flatten(2)``, is then free. The fake says the same.
 """
 
 from __future__ import annotations

@@ -20,11 +20,13 @@ Cost: 4 D FLOPs per kept (query, key) pair; K and V are read once per list entry
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from .configs import PlainConfig, plain_config
 from .ops import empty_output
@@ -201,7 +203,9 @@ def default_config(q: Tensor, block_q: int, block_k: int) -> PlainConfig:
 
 def aligned(x: Tensor) -> Tensor:
     """``x`` [B, H, N, D] itself where rows start at multiples of 8 elements, else a copy."""
-    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:3])
+    # Memory blocks are aligned: the offset says what the address would, and can be traced.
+    starts = (x.storage_offset(), *x.stride()[:3])
+    fits = x.stride(3) == 1 and all(start % 8 == 0 for start in starts)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -218,6 +222,7 @@ def forward(
     return_lse: bool = False,
     order: Tensor | None = None,
     config: PlainConfig | None = None,
+    launcher: Any = _forward,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; ``order`` int32 [B*H] starts (batch, head) pairs in that order."""
     batch, heads, n_q, d = q.shape
@@ -229,7 +234,7 @@ def forward(
     ids = kv_indices.expand(batch, heads, -1, -1)
     first, second = split_head_size(d)
     grid = (triton.cdiv(n_q, config.block_m), batch * heads)
-    _forward[grid](
+    launcher[grid](
         q, k, v, out, lse if lse is not None else out,
         counts, ids, order if order is not None else counts,
         *(s // 8 for x in (q, k, v) for s in x.stride()[:3]), *out.stride()[:3],
@@ -244,6 +249,7 @@ def forward(
     return out, lse
 
 
+@torch.library.triton_op("ditopt::block_sparse_attention_triton", mutates_args={})
 def plain(
     q: Tensor,
     k: Tensor,
@@ -254,5 +260,7 @@ def plain(
     block_k: int,
     scale: float,
 ) -> Tensor:
-    """Attention output [B, H, N_q, D] in q's dtype; arguments as in `reference`."""
-    return forward(q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale)[0]
+    """The kernel as an operator that compilers see through: Inductor and AOTInductor embed it."""
+    launcher = wrap_triton(_forward)
+    lists = (kv_num_blocks, kv_indices)
+    return forward(q, k, v, *lists, block_q, block_k, scale, launcher=launcher)[0]
