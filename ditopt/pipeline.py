@@ -143,8 +143,7 @@ def _settle(gm: fx.GraphModule, expected: Sequence[tuple[Any, ...] | None], wher
     examples = [fake_value(node) for node in placeholders(gm)]
     mode = detect_fake_mode(examples)
     specs = {node.name: node.meta.get("ditopt") for node in placeholders(gm)}
-    with torch.no_grad():
-        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*examples)
+    _propagate(gm, mode, examples)
     for node in placeholders(gm):
         if specs[node.name] is not None:
             node.meta["ditopt"] = specs[node.name]
@@ -162,10 +161,21 @@ def _settle(gm: fx.GraphModule, expected: Sequence[tuple[Any, ...] | None], wher
         changed = True
     if changed:
         output.args = (tuple(results),)
-        with torch.no_grad():
-            FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*examples)
+        _propagate(gm, mode, examples)
     gm.recompile()
     verify(gm, where)
+
+
+def _propagate(gm: fx.GraphModule, mode: Any, examples: Sequence[Any]) -> None:
+    """Fill in fake values.
+
+    Some composite operators (`aten.pad`) read sizes as integers in C++, which guards on them and so
+    makes Dynamo compile every resolution anew; under the Python dispatcher they keep symbols.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with torch.no_grad(), enable_python_dispatcher():
+        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*examples)
 
 
 def _restrided(graph: fx.Graph, node: fx.Node, wanted: tuple[Any, ...]) -> fx.Node:
