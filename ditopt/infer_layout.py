@@ -184,8 +184,9 @@ def _text_before(captured: Captured, site: AttentionSite, grid_tokens: int) -> b
             continue
         seen.add(current)
         if current.op == "call_function" and current.target is aten.cat.default:
-            lengths = [[hint(size) for size in fake_value(part).shape] for part in current.args[0]]
-            places = [k for k, shape in enumerate(lengths) if grid_tokens in shape]
+            axis = current.args[1] if len(current.args) > 1 else 0
+            lengths = [hint(fake_value(part).shape[axis]) for part in current.args[0]]
+            places = [k for k, length in enumerate(lengths) if length == grid_tokens]
             if len(lengths) > 1 and len(places) == 1:
                 return places[0] > 0
         todo.extend(data_inputs(current))
