@@ -56,6 +56,18 @@ def reason_to_decline(q: Tensor, block_q: int, block_k: int) -> str | None:
     return None
 
 
+def _own_storage(x: Tensor) -> Tensor:
+    """`x`, copied where it is a part of another tensor.
+
+    The C++ template reads such a view from the start of its buffer (torch 2.11 to 2.13): with q, k
+    and v split from one matrix product, and only some of them changed since, results are wrong.
+    """
+    whole = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
+    if whole and x.storage_offset() == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -74,6 +86,8 @@ def block_sparse_attention(
         lists = torch.nn.functional.pad(lists, (0, key_blocks - lists.shape[-1]))
     lists = lists.contiguous()
     on_cpu = q.device.type == "cpu"
+    if on_cpu:
+        q, k, v = (_own_storage(x) for x in (q, k, v))
     # Under SKIP_MASK_SCORE the C++ template runs neither score nor mask code and clips the last
     # block itself: its "partial" lists are then our full blocks. The Triton template has two loops.
     mask = BlockMask(
