@@ -1,4 +1,4 @@
-"""FlexAttention's C++ template reads a view of a buffer from its start; our wrapper must not let it."""
+"""FlexAttention's C++ template reads a view from the start of its buffer; our wrapper must not."""
 
 from __future__ import annotations
 
