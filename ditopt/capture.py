@@ -1,7 +1,8 @@
-"""Capture: a Dynamo graph becomes `Captured`, an ordered list of pieces that share canonical bodies.
+"""Capture: a Dynamo graph becomes `Captured`, a list of pieces that share canonical bodies.
 
-The graph is cut into prefix, blocks, glue and suffix first, equal blocks are found by structure, and one of each is normalised:
-thirty equal blocks cost one normalisation and, later, one compilation.
+The graph is cut into prefix, blocks, glue and suffix first, equal blocks are found by structure,
+and one of each is normalised: thirty equal blocks cost one normalisation and, later, one
+compilation.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Input:
     """One value that the compiled callable receives (or, for a constant, holds).
 
     Attributes:
-        name: fully qualified name of a parameter or buffer, or the forward's argument (`added_cond_kwargs.resolution`).
+        name: fully qualified name of a parameter or buffer, or the forward's argument
+            (`added_cond_kwargs.resolution`).
         role: what it is.
         fake: its fake tensor or symbolic integer.
     """
@@ -53,7 +55,8 @@ class Body:
 class Piece:
     """One part of the model in execution order.
 
-    `inputs` and `outputs` are slots of the environment: the captured inputs come first, then every piece's outputs.
+    `inputs` and `outputs` are slots of the environment: the captured inputs come first, then every
+    piece's outputs.
     """
 
     kind: PieceKind
@@ -139,17 +142,21 @@ def _fake_mode(nodes: Sequence[fx.Node]) -> Any:
 def _lift_constants(
     gm: fx.GraphModule,
 ) -> tuple[fx.Graph, list[fx.Node], list[torch.Tensor], Any]:
-    """Copy the graph, with tensor attributes as further placeholders; the original must stay as Dynamo made it."""
+    """Copy the graph, with tensor attributes as further placeholders.
+
+    The original must stay as Dynamo made it: a fallback compiles that.
+    """
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     returned = graph.graph_copy(gm.graph, copied)
     inputs = [copied[node] for node in gm.graph.nodes if node.op == "placeholder"]
     for old in gm.graph.nodes:
         if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
-            copied[old]._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            copied[old]._dynamo_source = old._dynamo_source
     constants: list[torch.Tensor] = []
     mode = _fake_mode(inputs)
     by_attribute: dict[str, fx.Node] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "get_attr":
             continue
@@ -163,11 +170,10 @@ def _lift_constants(
             lifted.meta["example_value"] = fake
             by_attribute[str(node.target)] = lifted
             constants.append(value)
-        node.replace_all_uses_with(by_attribute[str(node.target)])
-        returned = fx.map_arg(
-            returned, lambda n, a=node: by_attribute[str(a.target)] if n is a else n
-        )
+        replaced[node] = by_attribute[str(node.target)]
+        node.replace_all_uses_with(replaced[node])
         graph.erase_node(node)
+    returned = fx.map_arg(returned, lambda node: replaced.get(node, node))
     return graph, inputs + list(by_attribute.values()), constants, returned
 
 
@@ -182,7 +188,8 @@ def capture(gm: fx.GraphModule, *, prefix: str = "", whole: bool = False) -> Cap
 
     Args:
         gm: the GraphModule that Dynamo hands to a backend; it is not changed.
-        prefix: path of the frame's module in the model. After a graph break Dynamo names everything relative to an inner module.
+        prefix: path of the frame's module in the model. After a graph break Dynamo names everything
+            relative to an inner module.
         whole: keep the graph in one piece.
 
     Raises:
@@ -271,7 +278,7 @@ def _assemble(
 
 
 def _with_attributes(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """`nodes` preceded by the attribute reads (sub-graphs of higher-order operators) that they use."""
+    """`nodes`, preceded by the attributes (sub-graphs of higher-order operators) that they read."""
     attributes = [n for n in graphs.external_inputs(nodes) if n.op == "get_attr"]
     return [*attributes, *nodes]
 

@@ -19,7 +19,7 @@ def architecture(model: nn.Module) -> str:
 
 
 def weights(model: nn.Module) -> str:
-    """sha256 over a few values of every parameter, in float64: cheap, and a fine-tuned model differs."""
+    """sha256 over a few values of every parameter: cheap, and a fine-tuned model differs."""
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
         flat = tensor.detach().reshape(-1)

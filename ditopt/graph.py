@@ -48,6 +48,14 @@ def fake_value(node: fx.Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments, of types that the caller knows from the operator.
+
+    fx types each as a union of all that may stand in a graph, which no caller can use.
+    """
+    return node.args
+
+
 def describe_value(value: Any) -> str:
     """Shape, stride, dtype and device as text; symbolic sizes by expression."""
     if isinstance(value, torch.Tensor):
@@ -163,7 +171,10 @@ def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def data_inputs(node: fx.Node) -> list[fx.Node]:
-    """The inputs whose values reach the result; `type_as` and `empty_like` read only a type or a shape of theirs."""
+    """The inputs whose values reach the result.
+
+    `type_as` and `empty_like` read no more than a type or a shape.
+    """
     name = target_name(node.target)
     if name == "aten.type_as.default":
         return node.all_input_nodes[:1]
@@ -190,7 +201,7 @@ def producers(node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
 
 
 def verify(gm: fx.GraphModule, where: str) -> None:
-    """Raise `CaptureError` unless the graph is well formed and every call carries its fake value."""
+    """Raise `CaptureError` unless the graph is well formed and each call carries its fake value."""
     gm.graph.lint()
     missing = [n.name for n in gm.graph.nodes if n.op == "call_function" and "val" not in n.meta]
     if missing:

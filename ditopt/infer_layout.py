@@ -1,24 +1,28 @@
 """Infer the token grid of a captured model.
 
-Evidence, in this order: the workload's own statement; a patch embedding (a convolution whose stride is its kernel: its output shape is
-the grid); integer position ids (FLUX and its relatives pass them); a latent input [B, C, F, H, W] or [B, C, H, W] that some patch size
-divides into the number of tokens. Each gives a grid; the rest of a sequence is text, and a concatenation behind q says on which side.
+Evidence, in this order: the workload's own statement; a patch embedding (a convolution whose stride
+is its kernel: its output shape is the grid); integer position ids (FLUX and its relatives pass
+them); a latent input [B, C, F, H, W] or [B, C, H, W] that some patch size divides into the number
+of tokens. Each gives a grid; the rest of a sequence is text, and a concatenation behind q says on
+which side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-from ditopt.capture import Captured
-from ditopt.graph import data_inputs, fake_value
+from ditopt.graph import arguments, data_inputs, fake_value
 from ditopt.layout import TokenLayout
 from ditopt.sites import AttentionSite, attention_operands
 from ditopt.symbols import hint
+
+if TYPE_CHECKING:
+    from ditopt.capture import Captured
 
 Grid = tuple[Any, Any, Any]  # frames, rows, columns; symbolic where the capture is
 
@@ -48,7 +52,8 @@ class SiteGeometry:
     """How one attention's sequence is made of the token grid and text.
 
     Attributes:
-        part: the whole grid, one frame of it (Latte's spatial attention), or one token for each frame (temporal).
+        part: the whole grid, one frame of it (Latte's spatial attention), or one token for each
+            frame (temporal).
         text_before: whether text stands before the grid, where there is any.
     """
 
@@ -68,7 +73,7 @@ class SiteGeometry:
 
 
 def site_geometry(captured: Captured, site: AttentionSite, grid: Grid) -> SiteGeometry | str:
-    """The geometry of one self or joint attention at the captured sizes, or the reason why it has none."""
+    """The geometry of one self or joint attention at the captured sizes, or why it has none."""
     if site.kind == "cross":
         return "cross-attention has no token grid on the key side"
     frames, height, width = (hint(size) for size in grid)
@@ -93,9 +98,10 @@ def _from_convolutions(captured: Captured) -> Iterator[Grid]:
     for node in _nodes(captured):
         if node.op != "call_function" or node.target not in _CONVOLUTIONS:
             continue
-        weight, out, x = fake_value(node.args[1]), fake_value(node), fake_value(node.args[0])
+        args = arguments(node)
+        x, weight, out = fake_value(args[0]), fake_value(args[1]), fake_value(node)
         kernel = tuple(weight.shape[2:])
-        stride = node.args[3] if len(node.args) > 3 else [1]
+        stride = args[3] if len(args) > 3 else [1]
         strides = tuple(stride) * (len(kernel) if len(stride) == 1 else 1)
         if kernel != strides or kernel == (1,) * len(kernel) or max(kernel) < 2:
             continue
@@ -106,7 +112,7 @@ def _from_convolutions(captured: Captured) -> Iterator[Grid]:
 
 
 def _frames_in_batch(captured: Captured, x: Tensor) -> Any:
-    """Frames that a 2D patch embedding sees folded into its batch: those of a five-dimensional latent input."""
+    """Frames that a 2D patch embedding sees in its batch: those of a five-dimensional latent."""
     for item in captured.inputs:
         if item.role == "user" and isinstance(item.fake, Tensor) and item.fake.dim() == 5:
             batch = item.fake.shape[0]
@@ -130,14 +136,15 @@ def _raster(ids: Tensor) -> Grid | None:
     """Frames, rows and columns of integer ids [N, A] in raster order on their last axes."""
     if not bool((ids == ids.round()).all()):
         return None
-    counts = [int(ids[:, axis].unique().numel()) for axis in range(ids.shape[1])]
+    values = [torch.unique(ids[:, axis]) for axis in range(ids.shape[1])]
+    counts = [axis_values.numel() for axis_values in values]
     used = [axis for axis, count in enumerate(counts) if count > 1]
     if not 2 <= len(used) <= 3:
         return None
     sizes = [counts[axis] for axis in used]
     if int(torch.tensor(sizes).prod()) != ids.shape[0]:
         return None
-    expected = torch.cartesian_prod(*(ids[:, axis].unique() for axis in used))
+    expected = torch.cartesian_prod(*(values[axis] for axis in used))
     if not torch.equal(expected, ids[:, used]):
         return None
     return (1, sizes[0], sizes[1]) if len(sizes) == 2 else (sizes[0], sizes[1], sizes[2])
@@ -169,12 +176,15 @@ def _from_latents(captured: Captured) -> Iterator[Grid]:
 
 def _attention_tokens(node: fx.Node) -> Any:
     if node.op == "call_function" and node.target is aten.scaled_dot_product_attention.default:
-        return fake_value(node.args[0]).shape[-2]
+        return fake_value(arguments(node)[0]).shape[-2]
     return None
 
 
 def _text_before(captured: Captured, site: AttentionSite, grid_tokens: int) -> bool:
-    """Whether text stands before the grid: read off the nearest concatenation with a part of the grid's length."""
+    """Whether text stands before the grid.
+
+    Read off the nearest concatenation behind q that has a part of the grid's length.
+    """
     body = captured.pieces[site.piece].body
     node = next(n for n in body.gm.graph.nodes if n.name == site.node)
     todo, seen = [attention_operands(node)[0]], set()
@@ -184,8 +194,8 @@ def _text_before(captured: Captured, site: AttentionSite, grid_tokens: int) -> b
             continue
         seen.add(current)
         if current.op == "call_function" and current.target is aten.cat.default:
-            axis = current.args[1] if len(current.args) > 1 else 0
-            lengths = [hint(fake_value(part).shape[axis]) for part in current.args[0]]
+            joined, *axis = arguments(current)
+            lengths = [hint(fake_value(part).shape[axis[0] if axis else 0]) for part in joined]
             places = [k for k, length in enumerate(lengths) if length == grid_tokens]
             if len(lengths) > 1 and len(places) == 1:
                 return places[0] > 0

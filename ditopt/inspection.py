@@ -1,4 +1,4 @@
-"""What ditopt sees in a model: graphs, pieces, attention and linear sites, without profiling or compiling anything."""
+"""What ditopt sees in a model: graphs, pieces, attention and linear sites; compiles nothing."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from ditopt.errors import WorkloadError
-from ditopt.report import Decision
 from ditopt.torch_backend import Compiled, compiled_graphs
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from ditopt.plan import Plan
+    from ditopt.report import Decision
     from ditopt.workload import Workload
 
 
 class _Enough(BaseException):
-    """Ends a sampling loop after its first call; not an Exception, so that no sampler swallows it."""
+    """Ends a sampling loop after its first call; no Exception, so that no sampler swallows it."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class InspectReport:
             parts += [sites, linear, *(_summary(graph) for graph in graphs)]
             if len(graphs) > 1:
                 parts.append(
-                    f"{len(graphs)} graphs: the model breaks while it is captured, so whole-model choices "
-                    "(step caching) are lost, and choices per layer hold only where a graph names its layer."
+                    f"{len(graphs)} graphs: the model breaks while it is captured, so whole-model "
+                    "choices (step caching) are lost, and choices per layer hold only where a "
+                    "graph names its layer."
                 )
         return Group(*parts)
 
@@ -73,7 +74,10 @@ def inspect_workload(workload: Workload) -> InspectReport:
 
 
 def explain(workload: Workload, plan: Plan) -> list[Decision]:
-    """Every decision of compiling a workload's model with a plan, run by the reference kernels for one call."""
+    """Every decision of compiling a workload's model with a plan.
+
+    The reference kernels run it for one call.
+    """
     graphs = _first_calls(workload, plan)
     return [
         decision
@@ -133,4 +137,7 @@ def _summary(graph: Compiled) -> str:
     pieces = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     grid = "unknown" if graph.grid is None else " x ".join(str(size) for size in graph.grid)
     notes = "".join(f"\n  {d.site}: {d.reason}" for d in graph.decisions if not d.applied)
-    return f"pieces: {pieces}; {graph.programs} programs; token grid (frames x rows x columns): {grid}{notes}"
+    return (
+        f"pieces: {pieces}; {graph.programs} programs; "
+        f"token grid (frames x rows x columns): {grid}{notes}"
+    )

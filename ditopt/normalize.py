@@ -1,8 +1,9 @@
-"""Turn one piece of a Dynamo graph into functional ATen, keeping attention, linear layers and norms whole.
+"""Turn one piece of a Dynamo graph into functional ATen; attention, linear and norms stay whole.
 
-Dynamo's graph is Torch-level and may write in place (Wan's RoPE), so data-flow analysis of it would be wrong. AOTAutograd's export
-door, before dispatch and without decompositions, functionalises it and keeps `aten.scaled_dot_product_attention`, `aten.linear`
-and the norms. It runs in Dynamo's own fake mode, so symbolic sizes stay the same symbols.
+Dynamo's graph is Torch-level and may write in place (Wan's RoPE), so data-flow analysis of it would
+be wrong. AOTAutograd's export, before dispatch and without decompositions, makes it functional and
+keeps `aten.scaled_dot_product_attention`, `aten.linear` and the norms. It runs in Dynamo's own fake
+mode, so symbolic sizes stay the same symbols.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ _KEPT_META = ("val", "nn_module_stack", "stack_trace")
 
 
 class MutatesInput(CaptureError):
-    """The piece writes into a value that it was given, so it cannot be compiled apart from its neighbours."""
+    """The piece writes into what it was given, so it cannot be compiled apart from the others."""
 
 
 def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     """Functional ATen of `gm`, same inputs and outputs, `meta["val"]` on every node.
 
     Args:
-        gm: a Torch-level GraphModule whose placeholders carry `meta["example_value"]` (fake, or symbolic integers).
+        gm: a Torch-level GraphModule whose placeholders carry `meta["example_value"]`: fake
+            tensors or symbolic integers.
 
     Raises:
         MutatesInput: the piece writes into one of its inputs.
@@ -40,6 +42,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         canonical, signature = aot_export_module(
             gm, examples, trace_joint=False, pre_dispatch=True, decompositions={}
         )
+    assert isinstance(canonical, fx.GraphModule)
     mutated = {**signature.buffers_to_mutate, **getattr(signature, "user_inputs_to_mutate", {})}
     if mutated:
         raise MutatesInput(
@@ -48,14 +51,12 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         )
     for node in list(canonical.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            canonical.graph.erase_node(
-                node
-            )  # what `.to()` checked while tracing; the capture's guards hold it
+            # What `.to()` checked while tracing: the capture's guards hold it.
+            canonical.graph.erase_node(node)
             continue
         if node.target in _VIEWS:
-            node.target = (
-                torch.ops.aten.reshape.default
-            )  # so that a pass may change the strides of what is viewed
+            # A pass may then change the strides of what is viewed.
+            node.target = torch.ops.aten.reshape.default
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     canonical.recompile()
     return canonical

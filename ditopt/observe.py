@@ -1,4 +1,4 @@
-"""Run a model's canonical graph operator by operator and show its attentions and its block stack to an observer.
+"""Run a model's canonical graph by operators and show attentions and block stack to an observer.
 
 The profiler sees exactly the sites, with the ids, that a plan will name.
 """
@@ -6,17 +6,19 @@ The profiler sees exactly the sites, with the ids, that a plan will name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from ditopt.capture import Captured, capture
 from ditopt.infer_layout import Grid, SiteGeometry, infer_grid, site_geometry
-from ditopt.layout import TokenLayout
 from ditopt.sites import AttentionSite, attention_operands, find_sites
 from ditopt.stack import Stack, find_stack
 from ditopt.symbols import hint
+
+if TYPE_CHECKING:
+    from ditopt.layout import TokenLayout
 
 
 class Observer(Protocol):
@@ -99,10 +101,11 @@ class _Telling(fx.Interpreter):
         site = self._told.get((self._piece, n.name))
         if site is not None:
             q, k, v, mask, scale = attention_operands(n)
-            values = [self.env[x] for x in (q, k, v)]
             self._observer.attention(
                 site,
-                *values,
+                self.env[q],
+                self.env[k],
+                self.env[v],
                 scale=scale,
                 mask=self.env[mask] if isinstance(mask, fx.Node) else None,
             )
@@ -112,7 +115,7 @@ class _Telling(fx.Interpreter):
 def _main_layout(
     captured: Captured, sites: Sequence[AttentionSite], grid: Grid
 ) -> TokenLayout | None:
-    """The layout of the longest self or joint attention: the one that patterns are worth choosing for."""
+    """The layout of the longest self or joint attention: there patterns pay most."""
     candidates = [s for s in sites if s.kind != "cross" and s.form == "softmax"]
     for site in sorted(candidates, key=lambda s: -hint(s.tokens_q)):
         geometry = site_geometry(captured, site, grid)

@@ -1,8 +1,9 @@
 """Cut a Dynamo graph into prefix, blocks, glue and suffix by the shape of its module paths.
 
-A *block* is the work of one child of an indexed container (`blocks.3`, `transformer_blocks.0`). A container counts when a
-member holds an attention, or when it has several members with linear layers of their own, so that lists inside a block
-(`ff.net.0`) and small heads (`adaLN.1`) do not. Names of containers are never looked at.
+A *block* is the work of one child of an indexed container (`blocks.3`, `transformer_blocks.0`). A
+container counts when a member holds an attention, or when it has several members with linear layers
+of their own, so that lists inside a block (`ff.net.0`) and small heads (`adaLN.1`) do not. Names of
+containers are never looked at.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import fx
+from typing import TYPE_CHECKING, Literal
 
 from ditopt.graph import module_paths, target_name
+
+if TYPE_CHECKING:
+    from torch import fx
 
 PieceKind = Literal["prefix", "block", "glue", "suffix", "whole"]
 
@@ -106,8 +108,8 @@ def _absorb_islands(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, li
 def partition(nodes: Sequence[fx.Node]) -> list[Run]:
     """Split call nodes, in program order, into runs.
 
-    Each block keeps its largest run only: a model may call a part of a block again later (DiT's last layer reads the first
-    block's embedding), and that is not the block.
+    Each block keeps its largest run only: a model may call a part of a block again later (DiT's
+    last layer reads the first block's embedding), and that is not the block.
     """
     labels = {node: block_path(node) for node in nodes}
     containers = _block_containers(labels)

@@ -10,23 +10,25 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from ditopt.backends.base import Backend
 from ditopt.backends.eager import EagerBackend
 from ditopt.backends.inductor import InductorBackend
-from ditopt.config import Options
 from ditopt.errors import CaptureError, ConfigError, did_you_mean
 from ditopt.files import write_text
 from ditopt.graph import fake_value, output_nodes, placeholders, readable, verify
-from ditopt.passes.base import NodeDecision, Pass, PassContext
 from ditopt.passes.fuse_heads import FuseHeads
 from ditopt.passes.fuse_projections import FuseProjections
 from ditopt.passes.select_sparse_pattern import SelectSparsePattern
+
+if TYPE_CHECKING:
+    from ditopt.backends.base import Backend
+    from ditopt.config import Options
+    from ditopt.passes.base import NodeDecision, Pass, PassContext
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ BACKENDS: dict[str, Backend] = {"eager": EagerBackend(), "inductor": InductorBac
 
 
 class PassRunner:
-    """Runs the pipeline over the bodies of one compilation; fuel and dump numbers are shared by all of them."""
+    """Runs the pipeline over the bodies of one compilation, which share fuel and dump numbers."""
 
     def __init__(self, options: Options, passes: Sequence[Pass] = PIPELINE) -> None:
         check_order(passes)
@@ -59,7 +61,8 @@ class PassRunner:
             (pass name, decision) in order.
 
         Raises:
-            CaptureError: a pass broke the graph, changed what it returns, or lied about having changed it.
+            CaptureError: a pass broke the graph, changed what it returns, or lied about having
+                changed it.
         """
         expected = [_signature(value) for value in output_nodes(gm)]
         decisions: list[tuple[str, NodeDecision]] = []
@@ -77,7 +80,8 @@ class PassRunner:
             applied = sum(decision.applied for decision in made)
             if bool(applied) != (gm.code != before):
                 raise CaptureError(
-                    f"pass {step.name} on {where}: its decisions do not match what it did to the graph"
+                    f"pass {step.name} on {where}: "
+                    "its decisions do not match what it did to the graph"
                 )
             if applied:
                 _settle(gm, expected, f"pass {step.name} on {where}")
@@ -103,7 +107,7 @@ class PassRunner:
 
 
 def check_order(passes: Sequence[Pass]) -> None:
-    """Refuse a pipeline in which a pass stands before one that it must follow; all violations are listed."""
+    """Refuse a pipeline in which a pass precedes one that it must follow; lists all violations."""
     seen: set[str] = set()
     names = {step.name for step in passes}
     wrong = []
@@ -136,7 +140,8 @@ def _signature(node: Any) -> tuple[Any, ...] | None:
 def _settle(gm: fx.GraphModule, expected: Sequence[tuple[Any, ...] | None], where: str) -> None:
     """Recompute fake values after a rewrite and hold the outputs to what they were.
 
-    The next piece was captured with these shapes and strides, so an output whose strides changed is copied back into place.
+    The next piece was captured with these shapes and strides, so an output whose strides changed is
+    copied back into place.
     """
     from torch._guards import detect_fake_mode
 

@@ -1,7 +1,8 @@
 """Find the model behind a graph that Dynamo is compiling.
 
-Dynamo tells a backend the frame's own module only, and after a graph break that is some inner module. The model's call is still on
-the Python stack, so the outermost module there that holds the graph's parameters is the model.
+Dynamo tells a backend the frame's own module only, and after a graph break that is some inner
+module. The model's call is still on the Python stack, so the outermost module there that holds the
+graph's parameters is the model.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ def find_root(tensors: Iterable[torch.Tensor]) -> nn.Module | None:
         frame = frame.f_back
         if not isinstance(module, nn.Module):
             continue
-        module = getattr(module, "_orig_mod", module)
-        if id(module) in checked:
+        unwrapped = getattr(module, "_orig_mod", module)
+        if id(unwrapped) in checked:
             continue
-        checked.add(id(module))
-        if wanted <= _tensor_ids(module):
-            best = module
+        checked.add(id(unwrapped))
+        if wanted <= _tensor_ids(unwrapped):
+            best = unwrapped
     return best
 
 
 def tensor_names(root: nn.Module) -> dict[int, str]:
-    """Fully qualified name of each parameter and buffer by id; tied tensors go by their first name."""
+    """Qualified name of each parameter and buffer by id; tied tensors go by their first name."""
     names: dict[int, str] = {}
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         names.setdefault(id(tensor), name)
@@ -69,7 +70,7 @@ def _tensor_ids(module: nn.Module) -> set[int]:
 
 
 def offload_hook(root: nn.Module) -> str | None:
-    """Name of a hook that moves weights during the forward (accelerate's CPU offload), if there is one."""
+    """Name of a hook that moves weights during the forward (accelerate's CPU offload), or None."""
     for module in root.modules():
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):
@@ -81,7 +82,7 @@ def offload_hook(root: nn.Module) -> str | None:
 
 
 def compiled_in_parts(root: nn.Module, tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether the graph belongs to a block that was compiled for itself (`compile_repeated_blocks`)."""
+    """Whether the graph is a block that was compiled for itself (`compile_repeated_blocks`)."""
     wanted = {id(tensor) for tensor in tensors}
     parts = [
         m

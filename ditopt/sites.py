@@ -1,8 +1,9 @@
 """Attention and linear sites of a captured model: stable ids, kinds, masks.
 
-The kind is read off the data flow: walk back from q and from k to the nearest linear layers and compare what those read.
-Equal and one: self. Equal and several: joint (image and text projected apart, one softmax). Disjoint: cross. Overlapping: joint
-(text enters k and v only). Sites are found in a canonical body, once for all blocks that share it.
+The kind is read off the data flow: walk back from q and from k to the nearest linear layers and
+compare what those read. Equal and one: self. Equal and several: joint (image and text projected
+apart, one softmax). Disjoint: cross. Overlapping: joint (text enters k and v only). Sites are found
+in a canonical body, once for all blocks that share it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
 
-from ditopt.capture import Body, Captured, Piece
-from ditopt.graph import fake_value, module_path, producers
+from ditopt.graph import arguments, fake_value, module_path, producers
+
+if TYPE_CHECKING:
+    from ditopt.capture import Body, Captured, Piece
 
 Kind = Literal["self", "cross", "joint"]
 Form = Literal["softmax", "linear"]
@@ -25,17 +28,19 @@ MaskKind = Literal["none", "key_padding", "bias"]
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 _VIEWS = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten._to_copy.default, aten.clone.default,
-    aten.contiguous.default, aten.alias.default, aten.detach.default, aten.to.dtype, aten.flatten.using_ints,
-    aten.unflatten.int, aten.squeeze.default, aten.squeeze.dims, aten.t.default,
-    aten.type_as.default,
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.t.default,
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.expand.default, aten.alias.default, aten.detach.default, aten.clone.default,
+    aten.contiguous.default,
+    aten._to_copy.default, aten.to.dtype, aten.type_as.default,
 }  # fmt: skip
 _MATMULS = {aten.matmul.default, aten.bmm.default}
 _POINTWISE = _VIEWS | {
-    aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, aten.constant_pad_nd.default, aten.pad.default, aten.slice.Tensor,
-    aten.relu.default, aten.cat.default, aten.select.int, aten.copy.default, aten.slice_scatter.default,
-    aten.select_scatter.default, aten.sub.Tensor, aten.neg.default,
+    aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.neg.default,
+    aten.relu.default, aten.cat.default, aten.pad.default, aten.constant_pad_nd.default,
+    aten.slice.Tensor, aten.select.int, aten.copy.default, aten.slice_scatter.default,
+    aten.select_scatter.default,
 }  # fmt: skip
 
 
@@ -90,9 +95,11 @@ def find_sites(captured: Captured) -> tuple[list[AttentionSite], list[LinearSite
             site_id = f"{path or 'model'}#{ordinals[path]}"
             ordinals[path] += 1
             attention.append(_describe(site_id, node, form, index))
-        for node in piece.body.gm.graph.nodes:
-            if node.op == "call_function" and node.target is aten.linear.default:
-                linear.append(_describe_linear(captured, piece, index, node))
+        linear.extend(
+            _describe_linear(captured, piece, index, node)
+            for node in piece.body.gm.graph.nodes
+            if node.op == "call_function" and node.target is aten.linear.default
+        )
     return attention, linear
 
 
@@ -108,11 +115,9 @@ def instance_path(captured: Captured, piece: Piece, node: fx.Node) -> str:
 def attention_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, Any, float | None]:
     """q, k, v, mask and scale of an SDPA node, however they were passed."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    scale = given.get("scale")
-    return (
-        given["query"], given["key"], given["value"], given.get("attn_mask"), scale,
-    )  # type: ignore[return-value]  # fmt: skip
+    given = {**dict(zip(names, arguments(node), strict=False)), **node.kwargs}
+    q, k, v = given["query"], given["key"], given["value"]
+    return q, k, v, given.get("attn_mask"), given.get("scale")
 
 
 def is_causal(node: fx.Node) -> bool:
@@ -214,7 +219,7 @@ def _broadcast_rows(mask: fx.Node) -> bool:
 
 
 def _projection_inputs(node: fx.Node) -> set[fx.Node]:
-    """What the nearest linear layers behind `node` read; the node's own sources where there are none."""
+    """What the nearest linear layers behind `node` read; without any, the inputs behind it."""
     linears = [
         n
         for n in producers(node, lambda n: n.target is aten.linear.default)

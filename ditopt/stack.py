@@ -1,7 +1,8 @@
-"""The block stack: the run of pieces that a skipped step leaves out, and what it carries from end to end.
+"""The block stack: the pieces that a skipped step leaves out, and what they carry through.
 
-A skipped step replaces the stack's outputs by forecasts. An output that continues a value which entered the stack (the residual
-stream) is forecast as its base plus a residual; any other output is forecast as it is.
+A skipped step replaces the stack's outputs by forecasts. An output that continues a value which
+entered the stack (the residual stream) is forecast as its base plus a residual; any other output is
+forecast as it is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 
-from ditopt.capture import Captured
 from ditopt.graph import fake_value, output_nodes
 from ditopt.partition import is_matmul
+
+if TYPE_CHECKING:
+    from ditopt.capture import Captured
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Stack:
 def find_stack(captured: Captured) -> Stack | str:
     """The largest block stack whose outputs all have a base, or the reason why there is none.
 
-    Neighbouring containers (FLUX's two-stream and one-stream blocks) join the heaviest one where nothing but reshaping lies
-    between them.
+    Neighbouring containers (FLUX's two-stream and one-stream blocks) join the heaviest one where
+    nothing but reshaping lies between them.
     """
     weights: dict[str, int] = defaultdict(int)
     for piece in captured.pieces:
@@ -112,7 +116,7 @@ def _continued(
     index = writer[slot]
     piece = captured.pieces[index]
     position = piece.outputs.index(slot)
-    # Where equal blocks follow each other, the wiring between them says which input an output continues.
+    # Where equal blocks follow each other, their wiring says which input an output continues.
     for a in range(first, end):
         if captured.pieces[a].body is not piece.body:
             continue

@@ -1,18 +1,20 @@
 """Sizes of a symbolic capture: their values at the first call, and at any later one.
 
-One compiled graph may serve several resolutions and prompt lengths. Choices that depend on a size (block lists) are then made when
-the call shows it. Nothing here adds a guard: `int(size)` would, and Dynamo would compile again.
+One compiled graph may serve several resolutions and prompt lengths. Choices that depend on a size
+(block lists) are then made when the call shows it. Nothing here adds a guard: `int(size)` would,
+and Dynamo would compile again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ditopt.capture import Captured
+if TYPE_CHECKING:
+    from ditopt.capture import Captured
 
 Sizes = tuple[int, ...]
 
@@ -32,7 +34,7 @@ def is_symbolic(size: Any) -> bool:
 def evaluator(captured: Captured, sizes: Sequence[Any]) -> Callable[[Sequence[Any]], Sizes]:
     """A function from the environment of a call to the values of `sizes`.
 
-    The symbols are inputs of the captured graph; results are remembered per combination of their values.
+    The symbols are inputs of the captured graph; results are kept per combination of their values.
     """
     if not any(is_symbolic(size) for size in sizes):
         fixed = tuple(hint(size) for size in sizes)

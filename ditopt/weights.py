@@ -1,4 +1,4 @@
-"""Weights that a pass derived from the model's own: made once, watched, made again when the originals change."""
+"""Weights that a pass derived from the model's own: made again when the originals change."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor
 class FusedTensor:
     """Several weights one below the other.
 
-    The originals are recognised by object, storage address and version counter; a change of any of them (LoRA, `load_state_dict`,
-    an optimizer step) makes the copy again, in place, so that its address stays.
+    The originals are recognised by object, storage address and version counter; a change of any of
+    them (LoRA, `load_state_dict`, an optimizer step) makes the copy again, in place, so that its
+    address stays.
 
     Args:
         slots: environment slots of the originals.
-        release: free the originals' memory once the copy exists. They cannot be used or changed after that.
+        release: free the originals' memory once the copy exists. They cannot be used or changed
+            after that.
     """
 
     def __init__(self, slots: Sequence[int], *, release: bool) -> None:

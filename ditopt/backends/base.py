@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import fx
+if TYPE_CHECKING:
+    from torch import fx
 
 Lowered = Callable[..., Sequence[Any]]
 
 
 class Backend(Protocol):
-    """Turns one canonical graph into a callable with the same inputs and outputs."""
+    """Turns one canonical graph into a callable with the same inputs and outputs.
+
+    Attributes:
+        name: as in `torch.compile(backend=...)`.
+        fuses: whether neighbouring operators become one kernel, so that larger programs are faster.
+    """
 
     name: str
+    fuses: bool
 
     def available(self) -> str | None:
         """None when usable, else the reason and the remedy."""
@@ -22,4 +29,4 @@ class Backend(Protocol):
         """None when the node can be lowered, else the reason."""
 
     def lower(self, gm: fx.GraphModule, options: Mapping[str, Any]) -> Lowered:
-        """Compile `gm`; its placeholders carry fake values in `meta["val"]`. `gm` is not changed."""
+        """Compile `gm`, which stays as it is; placeholders carry fake values in `meta["val"]`."""

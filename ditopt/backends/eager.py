@@ -1,22 +1,25 @@
-"""Run the rewritten graph by PyTorch and the reference kernels: the oracle, and the twin for finding faults.
+"""Run the rewritten graph by PyTorch and the reference kernels: the oracle.
 
-`ditopt_eager` differs from `ditopt` in this file only, so a fault that shows in both lies in capture or in a pass.
+`ditopt_eager` differs from `ditopt` in this file only, so a fault that shows in both lies in
+capture or in a pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import fx
+if TYPE_CHECKING:
+    from torch import fx
 
-from ditopt.backends.base import Lowered
+    from ditopt.backends.base import Lowered
 
 
 class EagerBackend:
     """Operator by operator, nothing fused."""
 
     name = "eager"
+    fuses = False
 
     def available(self) -> str | None:
         """Always."""

@@ -1,29 +1,32 @@
 """Compile canonical graphs with Inductor, in the fake mode and with the symbols of the capture.
 
-ditopt's block-sparse operator becomes compiled FlexAttention here where that can serve the call, so that Inductor sees through it;
-otherwise the operator stays and dispatches by itself.
+ditopt's block-sparse operator becomes compiled FlexAttention here where that can serve the call, so
+that Inductor sees through it; otherwise the operator stays and dispatches by itself.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
 
-from ditopt.backends.base import Lowered
-from ditopt.graph import fake_value, placeholders
+from ditopt.graph import arguments, fake_value, placeholders
+
+if TYPE_CHECKING:
+    from ditopt.backends.base import Lowered
 
 
 class InductorBackend:
     """Inductor for everything."""
 
     name = "inductor"
+    fuses = True
 
     def available(self) -> str | None:
-        """Inductor ships with torch; a missing C++ compiler shows at the first compilation, with Inductor's own message."""
+        """Inductor ships with torch; it says itself, when it compiles, if it lacks a compiler."""
         return None
 
     def supports(self, node: fx.Node) -> str | None:
@@ -39,20 +42,18 @@ class InductorBackend:
         _use_flex_attention(gm)
         examples = [fake_value(node) for node in placeholders(gm)]
         with torch.no_grad(), tracing(TracingContext(detect_fake_mode(examples))):
-            lowered: Lowered = compile_fx(gm, examples, config_patches=dict(options) or None)
-        return lowered
+            lowered = compile_fx(gm, examples, config_patches=dict(options) or None)
+        return cast("Lowered", lowered)
 
 
 def _use_flex_attention(gm: fx.GraphModule) -> None:
     from ditopt.kernels.block_sparse_attention import flex
 
+    operator = torch.ops.ditopt.block_sparse_attention.default
     for node in gm.graph.nodes:
-        if (
-            node.op != "call_function"
-            or node.target is not torch.ops.ditopt.block_sparse_attention.default
-        ):
+        if node.op != "call_function" or node.target is not operator:
             continue
-        q, block_q, block_k = fake_value(node.args[0]), node.args[5], node.args[6]
-        if flex.reason_to_decline(q, block_q, block_k) is None:
+        q, *_, block_q, block_k, _ = arguments(node)
+        if flex.reason_to_decline(fake_value(q), block_q, block_k) is None:
             node.target = flex.block_sparse_attention
     gm.recompile()

@@ -1,23 +1,25 @@
 """What a pass is, and how it hands further inputs to the program that it rewrites.
 
-A pass works on one canonical body. Blocks that share the body share the rewrite, so what differs between them (block lists, fused
-weights) becomes a further input of the graph: a placeholder whose `meta["ditopt"]` says how the runtime fills it.
+A pass works on one canonical body. Blocks that share the body share the rewrite, so what differs
+between them (block lists, fused weights) becomes a further input of the graph: a placeholder whose
+`meta["ditopt"]` says how the runtime fills it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import fx
+if TYPE_CHECKING:
+    from torch import fx
 
-from ditopt.config import Options
+    from ditopt.config import Options
 
 
 @dataclass(frozen=True)
 class FusedWeight:
-    """Rows of several weights, one after the other: the inputs at `positions` of the same graph, concatenated on axis 0."""
+    """Several weights in one: the graph's inputs at `positions`, concatenated on axis 0."""
 
     positions: tuple[int, ...]
 
@@ -32,7 +34,7 @@ class BlockLists:
 
 @dataclass(frozen=True)
 class NodeDecision:
-    """A decision about a node of a body; the runner repeats it for each block that shares the body."""
+    """A decision about a node of a body; it is repeated for each block that shares the body."""
 
     node: str
     applied: bool
@@ -41,7 +43,7 @@ class NodeDecision:
 
 @dataclass(frozen=True)
 class SparseChoice:
-    """What the plan says at one attention node: block sizes and the number of heads that it names."""
+    """What the plan says at one attention node: block sizes, and how many heads it names."""
 
     block_q: int
     block_k: int

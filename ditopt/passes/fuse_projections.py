@@ -2,20 +2,21 @@
 
     linear(x, Wq) , linear(x, Wk) , linear(x, Wv)   =>   split(linear(x, [Wq; Wk; Wv]))
 
-Preconditions: the weights are the model's own two-dimensional parameters of one dtype, all with or all without a bias.
-Benefit: one launch, one read of x. Error: none beyond the order of summation inside the matrix product. Cost: a copy of the
-weights (`release_weights` frees the originals).
+Preconditions: the weights are the model's own two-dimensional parameters of one dtype, all with or
+all without a bias. Benefit: one launch, one read of x. Error: none beyond the order of summation
+inside the matrix product. Cost: a copy of the weights (`release_weights` frees the originals).
 """
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import fx
 
-from ditopt.graph import fake_value, placeholders
+from ditopt.graph import arguments, fake_value, placeholders
 from ditopt.passes.base import FusedWeight, NodeDecision, PassContext, add_input
 
 aten = torch.ops.aten
@@ -32,34 +33,45 @@ class FuseProjections:
         groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in gm.graph.nodes:
             if node.op == "call_function" and node.target is aten.linear.default:
-                groups[node.args[0]].append(node)
+                groups[arguments(node)[0]].append(node)
         decisions = []
         for members in groups.values():
             if len(members) < 2:
                 continue
-            reason = self._reject(members, ctx)
+            reason = _reject(members, ctx)
             if reason is None:
                 _rewrite(gm, members)
             text = reason or f"{len(members)} projections of one tensor in one matrix product"
             decisions += [NodeDecision(node.name, reason is None, text) for node in members]
         return decisions
 
-    def _reject(self, members: list[fx.Node], ctx: PassContext) -> str | None:
-        if not ctx.options.fuse_projections:
-            return "switched off by the option fuse_projections"
-        weights = [node.args[1] for node in members]
-        biases = [node.args[2] if len(node.args) > 2 else None for node in members]
-        if any(not _is_parameter(weight) for weight in weights):
-            return "a weight is computed, not a parameter"
-        if len({weight for weight in weights}) < len(weights):
-            return "two projections share a weight"
-        if len({fake_value(w).dtype for w in weights}) > 1:
-            return "the weights have several dtypes"
-        if len({bias is None for bias in biases}) > 1:
-            return "some projections have a bias and some have none"
-        if any(bias is not None and not _is_parameter(bias) for bias in biases):
-            return "a bias is computed, not a parameter"
-        return None
+
+def _reject(members: list[fx.Node], ctx: PassContext) -> str | None:
+    """Why the layers cannot be one, or None."""
+    if not ctx.options.fuse_projections:
+        return "switched off by the option fuse_projections"
+    weights = [_weight(node) for node in members]
+    biases = [_bias(node) for node in members]
+    if not all(_is_parameter(weight) for weight in weights):
+        return "a weight is computed, not a parameter"
+    if len(set(weights)) < len(weights):
+        return "two projections share a weight"
+    if len({fake_value(weight).dtype for weight in weights}) > 1:
+        return "the weights have several dtypes"
+    if len({bias is None for bias in biases}) > 1:
+        return "some projections have a bias and some have none"
+    if not all(bias is None or _is_parameter(bias) for bias in biases):
+        return "a bias is computed, not a parameter"
+    return None
+
+
+def _weight(linear: fx.Node) -> Any:
+    return arguments(linear)[1]
+
+
+def _bias(linear: fx.Node) -> Any:
+    args = arguments(linear)
+    return args[2] if len(args) > 2 else None
 
 
 def _is_parameter(node: object) -> bool:
@@ -76,13 +88,14 @@ def _fused_input(gm: fx.GraphModule, parts: list[fx.Node], name: str) -> fx.Node
 
 def _rewrite(gm: fx.GraphModule, members: list[fx.Node]) -> None:
     first = members[0]
-    x, name = first.args[0], first.name
-    arguments = [x, _fused_input(gm, [n.args[1] for n in members], f"{name}_fused_weight")]
-    if len(first.args) > 2 and first.args[2] is not None:
-        arguments.append(_fused_input(gm, [n.args[2] for n in members], f"{name}_fused_bias"))
-    sizes = [fake_value(node.args[1]).shape[0] for node in members]
+    weight = _fused_input(gm, [_weight(n) for n in members], f"{first.name}_fused_weight")
+    operands = [arguments(first)[0], weight]
+    if _bias(first) is not None:
+        bias = _fused_input(gm, [_bias(n) for n in members], f"{first.name}_fused_bias")
+        operands.append(bias)
+    sizes = [fake_value(_weight(node)).shape[0] for node in members]
     with gm.graph.inserting_before(first):
-        fused = gm.graph.call_function(aten.linear.default, tuple(arguments))
+        fused = gm.graph.call_function(aten.linear.default, tuple(operands))
         split = gm.graph.call_function(aten.split_with_sizes.default, (fused, sizes, -1))
         parts = []
         for k, node in enumerate(members):

@@ -2,16 +2,19 @@
 
     sdpa(q, k, v)   =>   cat_h block_sparse(q[:, h], k[:, h], v[:, h], lists[:, h])
 
-The lists are inputs, so the program does not depend on the pattern: blocks and phases with other patterns run it too. A dense head
-has full lists, a skipped head empty ones (zeros). `fuse_heads` makes one launch of the calls.
+The lists are inputs, so the program does not depend on the pattern: blocks and phases with other
+patterns run it too. A dense head has full lists, a skipped head empty ones (zeros). `fuse_heads`
+makes one launch of the calls.
 
-Preconditions: no mask, not causal, one [B, H, N, D] layout, a known token grid. Error: what the plan predicts.
-Papers: Sparse-vDiT (arXiv 2506.03065), Sparse VideoGen (arXiv 2502.01776), Sliding Tile Attention (arXiv 2502.04507).
+Preconditions: no mask, not causal, one [B, H, N, D] layout, a known token grid. Error: what the
+plan predicts. Papers: Sparse-vDiT (arXiv 2506.03065), Sparse VideoGen (arXiv 2502.01776), Sliding
+Tile Attention (arXiv 2502.04507).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,6 +25,7 @@ from ditopt.passes.base import BlockLists, NodeDecision, PassContext, SparseChoi
 from ditopt.sites import SDPA, attention_operands, is_causal
 
 aten = torch.ops.aten
+BLOCK_SPARSE = torch.ops.ditopt.block_sparse_attention.default
 
 
 class SelectSparsePattern:
@@ -40,9 +44,9 @@ class SelectSparsePattern:
             reason = reject(node, choice.heads)
             if reason is None:
                 _rewrite(gm, node, choice)
-            text = (
-                reason
-                or f"block-sparse, {choice.heads} heads, blocks of {choice.block_q} x {choice.block_k} tokens"
+            text = reason or (
+                f"block-sparse, {choice.heads} heads, "
+                f"blocks of {choice.block_q} x {choice.block_k} tokens"
             )
             decisions.append(NodeDecision(node.name, reason is None, text))
         return decisions
@@ -82,10 +86,8 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, choice: SparseChoice) -> None:
             parts = tuple(
                 gm.graph.call_function(aten.slice.Tensor, (x, 1, head, head + 1)) for x in operands
             )
-            arguments = (*parts, choice.block_q, choice.block_k, scale)
-            heads.append(
-                gm.graph.call_function(torch.ops.ditopt.block_sparse_attention.default, arguments)
-            )
+            arguments: tuple[Any, ...] = (*parts, choice.block_q, choice.block_k, scale)
+            heads.append(gm.graph.call_function(BLOCK_SPARSE, arguments))
         joined = gm.graph.call_function(aten.cat.default, (heads, 1))
     stack = node.meta.get("nn_module_stack")
     for created in (*heads, joined, *(part for head in heads for part in head.all_input_nodes)):
