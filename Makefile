@@ -5,9 +5,6 @@
 PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3)
 BIN := .venv/bin
 READY := .venv/.ditopt-ready
-# PyPI's torch for Linux carries CUDA libraries of some GB; a machine without a GPU takes the CPU build
-# where it can be had. Only torch itself is looked up there, and an index out of reach costs a warning.
-CPU_INDEX := https://download.pytorch.org/whl/cpu
 FAST := not (slow or gpu or zoo or browser)
 
 .PHONY: help setup demo test test-zoo test-slow test-gpu lint format docs bench clean
@@ -34,8 +31,6 @@ $(BIN)/python:
 
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	@command -v c++ g++ clang++ >/dev/null || { echo "a C++ compiler is needed: install g++"; exit 1; }
-	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet --no-deps --retries 0 --timeout 20 \
-	  --constraint constraints.txt --extra-index-url $(CPU_INDEX) torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
