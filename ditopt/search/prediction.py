@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ditopt.profiling.schema import Profile, SeedRecord
     from ditopt.search.calibration import ErrorModel
 
-_DENSE_SHARE = 0.1
-"""Share of the calls, at the start, that keep dense attention: there the scene is laid out."""
+_DENSE_SHARE = 0.2
+"""Share of the calls, at the start, that keep dense attention: the scene is laid out there."""
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,10 @@ def site_options(
 
     The error of a head is its squared error relative to the squared norm of its *site*, weighted by
     the step that each call leads to (`SeedRecord.step_energy`), mean over seeds, and divided by the
-    number of sites: if every site erred by its whole output, the sum would be the energy of all
-    steps. Calls between observed ones count as the nearest observed one.
+    number of sites. A pattern errs in much the same way at every call, so amplitudes add up, not
+    energies: ``(sum_t g_t r_t)^2 <= (sum_t g_t) (sum_t g_t r_t^2)`` for steps g_t and relative
+    errors r_t, with equality for a constant error. Calls between observed ones count as the nearest
+    observed one.
     """
     costs = {cost.shape: cost for cost in profile.costs.attention} if profile.costs else {}
     weights = [_observed_weights(profile, record, first_call) for record in records]
@@ -95,13 +97,14 @@ def sparse_cost(cost: AttentionCost) -> tuple[float, float]:
 
 
 def _observed_weights(profile: Profile, record: SeedRecord, first_call: int) -> Floats:
-    """[O] step energy of the calls that each observed call stands for."""
+    """[O] weights ``g_t sum(g)`` of the calls that each observed call stands for."""
     observed = np.array(profile.observed_calls)
     weights = np.zeros(len(observed))
     usable = np.flatnonzero(observed >= first_call)
     if not len(usable):
         usable = np.array([len(observed) - 1])
+    steps = record.step_energy.sqrt().numpy()
     for call in range(first_call, profile.sampler.calls):
         nearest = usable[np.argmin(np.abs(observed[usable] - call))]
-        weights[nearest] += float(record.step_energy[call])
+        weights[nearest] += steps[call] * steps[first_call:].sum()
     return weights

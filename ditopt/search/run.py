@@ -15,6 +15,10 @@ from ditopt.search.prediction import Predictor
 from ditopt.search.verify import SamplingVerifier, Verify
 from ditopt.workload import Workload, load_workload
 
+_ATTENTION_GAIN_DB = 10.0
+"""Where predictions start from: guidance and later calls amplify errors of early ones. Measured on
+the embedded video model (guidance 2); sampling corrects it."""
+
 _DEFAULT_RANGE = 2.0
 """Value range that predictions start from where the workload states none; sampling corrects it."""
 
@@ -49,7 +53,8 @@ def plan_from_profile(
     if verify is None:
         verify = SamplingVerifier(workload or _load(profile), profile, folder)
     predictor = Predictor(profile, records)
-    model = ErrorModel(profile.data_range or _DEFAULT_RANGE)
+    data_range = profile.data_range or _DEFAULT_RANGE
+    model = ErrorModel(data_range, attention_gain_db=_ATTENTION_GAIN_DB)
     plan = ClosedLoop(predictor, model, goal, verify, progress, spec or LoopSpec()).run()
     plan = plan.model_copy(update={"assumptions": _assumptions(profile, predictor, goal)})
     if out is not None:
