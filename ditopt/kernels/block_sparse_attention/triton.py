@@ -45,17 +45,17 @@ def _load_rows(ptr, offs, stride, n, cols, D: tl.constexpr, GUARD_COLS: tl.const
 def _step(
     acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
     MASK: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IEEE: tl.constexpr,
 ):  # fmt: skip
     """One key tile of the online softmax; scores live in log2 units."""
     offs_n = start + tl.arange(0, BLOCK_N)
     cols1 = tl.arange(0, D1)
     k1 = _load_rows(k_ptr, offs_n, stride_kn, n_k, cols1, D, False)
-    s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+    s = tl.dot(q1, tl.trans(k1), input_precision="ieee" if IEEE else "tf32")
     if D2 > 0:
         cols2 = D1 + tl.arange(0, D2)
         k2 = _load_rows(k_ptr, offs_n, stride_kn, n_k, cols2, D, D1 + D2 > D)
-        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+        s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee" if IEEE else "tf32")
     if MASK:
         s = tl.where(((offs_n >= 0) & (offs_n < n_k))[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
@@ -65,10 +65,10 @@ def _step(
     norm = norm * alpha + tl.sum(p, 1)
     v1 = _load_rows(v_ptr, offs_n, stride_vn, n_k, cols1, D, False)
     p = p.to(v1.dtype)
-    acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision=PRECISION)
+    acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision="ieee" if IEEE else "tf32")
     if D2 > 0:
         v2 = _load_rows(v_ptr, offs_n, stride_vn, n_k, D1 + tl.arange(0, D2), D, D1 + D2 > D)
-        acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision=PRECISION)
+        acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision="ieee" if IEEE else "tf32")
     return acc1, acc2, m_new, norm
 
 
@@ -81,10 +81,11 @@ def _forward(
     heads, n_q, n_k, width, qk_scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_LSE: tl.constexpr,
-    HAS_ORDER: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ORDER: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     pid_m = tl.program_id(0)
     pid_bh = tl.program_id(1)
+    qk_scale = qk_scale.to(tl.float32)  # Inductor passes Python's floats as float64
     if HAS_ORDER:
         pid_bh = tl.load(order_ptr + pid_bh)
     b = (pid_bh // heads).to(tl.int64)
@@ -124,13 +125,13 @@ def _forward(
         start = tl.load(ids_ptr + j // TILES) * BLOCK_K + (j % TILES) * BLOCK_N
         acc1, acc2, m, norm = _step(
             acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
-            False, BLOCK_N, D, D1, D2, PRECISION,
+            False, BLOCK_N, D, D1, D2, IEEE,
         )  # fmt: skip
     for j in range(tl.maximum(total - TILES, 0), total):
         start = tl.load(ids_ptr + j // TILES) * BLOCK_K + (j % TILES) * BLOCK_N
         acc1, acc2, m, norm = _step(
             acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
-            True, BLOCK_N, D, D1, D2, PRECISION,
+            True, BLOCK_N, D, D1, D2, IEEE,
         )  # fmt: skip
 
     inverse = 1.0 / tl.where(norm == 0.0, 1.0, norm)
@@ -198,7 +199,7 @@ def default_config(q: Tensor, block_q: int, block_k: int) -> PlainConfig:
     """The tuned configuration; float32 serves tests and only has to fit."""
     if q.dtype == torch.float32:
         return PlainConfig(min(block_q, 64), min(block_k, 32), 4, 2)
-    return plain_config(torch.cuda.get_device_name(q.device), block_q, block_k, q.shape[-1])
+    return plain_config(torch.cuda.get_device_name(q.device), block_q, block_k, int(q.shape[-1]))
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -225,7 +226,9 @@ def forward(
     launcher: Any = _forward,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; ``order`` int32 [B*H] starts (batch, head) pairs in that order."""
-    batch, heads, n_q, d = q.shape
+    batch, heads, n_q, _ = q.shape
+    # These choose the program: under symbolic shapes they become constants.
+    d, block_q, block_k = int(q.shape[-1]), int(block_q), int(block_k)
     config = config or default_config(q, block_q, block_k)
     q, k, v = (aligned(x) for x in (q, k, v))
     out = empty_output(q, v)
@@ -243,7 +246,7 @@ def forward(
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         D=d, D1=first, D2=second, HAS_LSE=return_lse,
         HAS_ORDER=order is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        IEEE=q.dtype == torch.float32,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
