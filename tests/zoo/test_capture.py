@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rich.console import Console
 
 from ditopt.backends.eager import EagerBackend
 from ditopt.config import Options
+from ditopt.inspection import InspectReport
 from ditopt.program import Phase, ProgramBuilder
 from ditopt.runtime import InputRoles, StepRuntime
 
-from .models import ZOO, build, first_tensor, kwargs_for
-from .runs import BROKEN, Graph, calls, counts, relative_l2, resolutions, run
+from .compiled import full_sequence, go
+from .models import ZOO
+from .runs import BROKEN, Graph, calls, counts, relative_l2, run
 
 
 def unfused(graph: Graph) -> StepRuntime:
@@ -58,42 +61,27 @@ def test_canonical_graph_is_bit_equal_where_nothing_is_fused(name):
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
-def test_what_a_graph_break_costs_is_said(name):
-    made = run(name)
-    lost = [d.reason for graph in made.static for d in graph.compiled.decisions if not d.applied]
-    assert any("graph" in reason for reason in lost)
-
-
-LONG = [
-    {},
-    {"t": 300.0},
-    *({"hw": index} for index in (1, 2, 3)),
-    {"batch": 2},
-    {"batch": 2, "hw": 1},
-]
+def test_what_graph_breaks_cost_is_said(name):
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(InspectReport({name: [g.compiled for g in run(name).static]}).table())
+    text = " ".join(shown.get().split())
+    assert f"{len(run(name).static)} graphs: the model breaks while it is captured" in text
+    assert "step caching" in text
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize("name", ZOO)
-def test_each_resolution_then_batch_two(name, fuse):
-    sequence = [{**call, "hw": resolutions(name)[call.get("hw", 0)]} for call in LONG]
-    model, _ = build(name)
-    graphs = counts(model, sequence, name)
+def test_each_resolution_then_batch_two(name):
+    outcome = go(name, full_sequence(name), backend="ditopt_eager")
+    assert outcome.graphs == outcome.graphs_eager
+    assert max(outcome.relative_l2) <= 1e-5
 
-    torch.compiler.reset()
-    from ditopt.torch_backend import compiled_graphs
 
-    compiled = torch.compile(model, backend="ditopt_eager", options={"fuse_projections": fuse})
-    seen = []
-    with torch.no_grad():
-        for call in sequence:
-            before = len(compiled_graphs(model))
-            expected = first_tensor(model(**kwargs_for(name, **call)))
-            result = first_tensor(compiled(**kwargs_for(name, **call)))
-            seen.append(len(compiled_graphs(model)) - before)
-            if fuse:
-                assert relative_l2(result, expected) <= 1e-5, call
-            else:
-                assert torch.equal(result, expected), call
-    assert seen == graphs
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ZOO)
+def test_bit_equal_without_fusion(name):
+    options = {"fuse_projections": False}
+    outcome = go(name, full_sequence(name), backend="ditopt_eager", options=options)
+    assert outcome.graphs == outcome.graphs_eager
+    assert outcome.relative_l2 == [0.0] * len(outcome.calls)

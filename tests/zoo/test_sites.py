@@ -19,7 +19,10 @@ EXPECTED = {
     "dit": {("self", "softmax"): 2},
     "pixart": {("self", "softmax"): 2, ("cross", "softmax"): 2},
     "sana": {("self", "linear"): 2, ("cross", "softmax"): 2},
-    "sd3": {("joint", "softmax"): 3, ("self", "softmax"): 1},  # block 0 has a second one, image only
+    "sd3": {
+        ("joint", "softmax"): 3,
+        ("self", "softmax"): 1,
+    },  # block 0: a second one
     "flux": {("joint", "softmax"): 2, ("self", "softmax"): 2},
     "flux2": {("joint", "softmax"): 2, ("self", "softmax"): 2},
     "chroma": {("joint", "softmax"): 2, ("self", "softmax"): 2},

@@ -1,0 +1,93 @@
+"""A sequence of calls of one zoo model through a real backend, compared with eager call by call."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .models import build, first_tensor, kwargs_for
+from .runs import counts, records, relative_l2, resolutions
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one model.
+
+    Attributes:
+        graphs: compiled at each call; all but the first are recompilations.
+        graphs_eager: the same of a backend that runs Dynamo's graphs as they are.
+        relative_l2: distance to eager at each call, in float32.
+        programs: distinct programs that were lowered, over all graphs.
+        seconds: wall clock of the whole sequence, compilation included.
+    """
+
+    model: str
+    calls: list[str]
+    graphs: list[int]
+    graphs_eager: list[int]
+    relative_l2: list[float] = field(default_factory=list)
+    programs: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; errors rounded."""
+        rounded = [float(f"{error:.3g}") for error in self.relative_l2]
+        return {**asdict(self), "relative_l2": rounded, "seconds": round(self.seconds, 1)}
+
+
+def full_sequence(name: str) -> list[dict[str, Any]]:
+    """A first call, another timestep, three further resolutions, batch 2 at two resolutions."""
+    first, *further = ({"hw": hw} for hw in resolutions(name))
+    return [
+        first,
+        {**first, "t": 300.0},
+        *further,
+        {**first, "batch": 2},
+        {**further[0], "batch": 2},
+    ]
+
+
+def short_sequence(name: str) -> list[dict[str, Any]]:
+    """A first call, another timestep, one further resolution."""
+    return full_sequence(name)[:3]
+
+
+def describe(call: dict[str, Any]) -> str:
+    """`8x8, t=300, batch=2`."""
+    height, width = call["hw"]
+    rest = [f"{key}={value:g}" for key, value in call.items() if key != "hw"]
+    return ", ".join([f"{height}x{width}", *rest])
+
+
+def go(
+    name: str,
+    sequence: list[dict[str, Any]],
+    *,
+    backend: str = "ditopt",
+    options: dict[str, Any] | None = None,
+) -> Outcome:
+    """Run a sequence of calls of a fresh model by eager, by Dynamo alone and by a backend."""
+    model, _ = build(name)
+    graphs_eager = counts(model, sequence, name)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend, options=options)
+    graphs, errors, before = [], [], len(records())
+    started = time.perf_counter()
+    with torch.no_grad():
+        for call in sequence:
+            already = len(records())
+            expected = first_tensor(model(**kwargs_for(name, **call)))
+            errors.append(relative_l2(first_tensor(compiled(**kwargs_for(name, **call))), expected))
+            graphs.append(len(records()) - already)
+    return Outcome(
+        model=name,
+        calls=[describe(call) for call in sequence],
+        graphs=graphs,
+        graphs_eager=graphs_eager,
+        relative_l2=errors,
+        programs=sum(record.programs for record in records()[before:]),
+        seconds=time.perf_counter() - started,
+    )
