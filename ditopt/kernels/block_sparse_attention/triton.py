@@ -85,7 +85,7 @@ def _forward(
 ):  # fmt: skip
     pid_m = tl.program_id(0)
     pid_bh = tl.program_id(1)
-    qk_scale = qk_scale.to(tl.float32)  # Inductor passes Python's floats as float64
+    qk_scale = tl.full([], qk_scale, tl.float32)  # Inductor passes Python's floats as float64
     if HAS_ORDER:
         pid_bh = tl.load(order_ptr + pid_bh)
     b = (pid_bh // heads).to(tl.int64)
@@ -238,8 +238,8 @@ def forward(
     first, second = split_head_size(d)
     grid = (triton.cdiv(n_q, config.block_m), batch * heads)
     launcher[grid](
-        q, k, v, out, lse if lse is not None else out,
-        counts, ids, order if order is not None else counts,
+        q, k, v, out, lse,
+        counts, ids, order,
         *(s // 8 for x in (q, k, v) for s in x.stride()[:3]), *out.stride()[:3],
         counts.stride(0), counts.stride(1), ids.stride(0), ids.stride(1), ids.stride(2),
         heads, n_q, k.shape[2], ids.shape[-1], scale * math.log2(math.e),
