@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ditopt.graph import arguments, data_inputs, fake_value
 from ditopt.layout import TokenLayout
 from ditopt.sites import AttentionSite, attention_operands
-from ditopt.symbols import hint
+from ditopt.symbols import hint, is_symbolic
 
 if TYPE_CHECKING:
     from ditopt.capture import Captured
@@ -124,6 +124,8 @@ def _from_position_ids(captured: Captured, inputs: Sequence[Any]) -> Iterator[Gr
     for item, value in zip(captured.inputs, inputs, strict=False):
         if item.role != "user" or not isinstance(value, Tensor) or value.dim() not in (2, 3):
             continue
+        if is_symbolic(item.fake.shape[-2]):
+            continue  # these values are one resolution's, and the graph serves several
         ids = value[0] if value.dim() == 3 else value
         if not 2 <= ids.shape[-1] <= 4 or ids.shape[0] < 4:
             continue
