@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,12 +29,15 @@ class Stack:
     Attributes:
         outputs: slots that the stack writes and later pieces, or the caller, read.
         bases: for each output the slot, written before the stack, that it continues, or None.
+        sizes: slots of symbolic sizes that the stack writes and later pieces read; a skipped step
+            computes them from the call's shapes.
     """
 
     first: int
     end: int
     outputs: tuple[int, ...]
     bases: tuple[int | None, ...]
+    sizes: tuple[int, ...] = ()
 
 
 def find_stack(captured: Captured) -> Stack | str:
@@ -93,8 +96,19 @@ def _stack(captured: Captured, first: int, end: int) -> Stack:
     written = {slot for piece in captured.pieces[first:end] for slot in piece.outputs}
     read = {slot for piece in captured.pieces[end:] for slot in piece.inputs}
     read |= {slot for slot in captured.outputs if isinstance(slot, int)}
-    outputs = tuple(sorted(written & read))
-    return Stack(first, end, outputs, tuple(_base(captured, first, end, slot) for slot in outputs))
+    crossing = sorted(written & read)
+    sizes = tuple(s for s in crossing if isinstance(slot_value(captured, s), (int, torch.SymInt)))
+    outputs = tuple(s for s in crossing if s not in sizes)
+    bases = tuple(_base(captured, first, end, slot) for slot in outputs)
+    return Stack(first, end, outputs, bases, sizes)
+
+
+def slot_value(captured: Captured, slot: int) -> Any:
+    """The fake tensor or symbolic size in a slot of the environment."""
+    if slot < len(captured.inputs):
+        return captured.inputs[slot].fake
+    piece = next(p for p in captured.pieces if slot in p.outputs)
+    return fake_value(output_nodes(piece.body.gm)[piece.outputs.index(slot)])
 
 
 def _base(captured: Captured, first: int, end: int, slot: int) -> int | None:
@@ -143,9 +157,5 @@ def _is_weight(captured: Captured, slot: int) -> bool:
 
 
 def _shape_of(captured: Captured, slot: int, writer: dict[int, int]) -> object:
-    if slot < len(captured.inputs):
-        value = captured.inputs[slot].fake
-    else:
-        piece = next(p for p in captured.pieces if slot in p.outputs)
-        value = fake_value(output_nodes(piece.body.gm)[piece.outputs.index(slot)])
+    value = slot_value(captured, slot)
     return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else None
