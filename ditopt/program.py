@@ -24,7 +24,7 @@ from ditopt.pipeline import PassRunner
 from ditopt.report import Decision
 from ditopt.runtime import InputRoles, Programs, count
 from ditopt.sites import AttentionSite, instance_path
-from ditopt.stack import Stack
+from ditopt.stack import Stack, slot_value
 from ditopt.symbols import evaluator
 from ditopt.weights import FusedTensor
 
@@ -257,6 +257,8 @@ def _assemble(
     spare = [None] * (captured.slots - len(captured.inputs))
     stack_outputs = stack.outputs if stack is not None else ()
     bases = stack.bases if stack is not None else ()
+    sizes = stack.sizes if stack is not None else ()
+    measure = evaluator(captured, [slot_value(captured, slot) for slot in sizes])
     carried = tuple(dict.fromkeys(base for base in bases if base is not None))
     before, after = by_phase[0][:first], by_phase[0][end:]
     bodies = [pieces[first:end] for pieces in by_phase]
@@ -265,6 +267,8 @@ def _assemble(
     def head(inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         env = [*inputs, *constants, *spare]
         _run(before, env)
+        for slot, size in zip(sizes, measure(env), strict=True):
+            env[slot] = size
         return [env[slot] for slot in carried], env
 
     def body(inputs: Sequence[Any], carry: Sequence[Any], env: list[Any], phase: int) -> list[Any]:
