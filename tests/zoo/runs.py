@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor, fx, nn
 
 from ditopt import capture as capture_module
 from ditopt import torch_backend
-from ditopt.capture import Captured
 from ditopt.torch_backend import Compiled, ditopt_eager
 
 from .models import ZOO, build, first_tensor, kwargs_for
+
+if TYPE_CHECKING:
+    from ditopt.capture import Captured
 
 # What breaks into several graphs under plain torch.compile, and why (torch 2.13, diffusers 0.42).
 BROKEN = {

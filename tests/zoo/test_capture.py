@@ -1,4 +1,4 @@
-"""Every architecture through `ditopt_eager`: the same numbers, graphs and recompilations as eager."""
+"""Every architecture through `ditopt_eager`: numbers, graphs and recompilations are eager's."""
 
 from __future__ import annotations
 

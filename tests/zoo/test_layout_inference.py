@@ -16,17 +16,20 @@ GRIDS = {
     "dit": (1, 2, PATCHES),
     "pixart": (1, 2, PATCHES),
     "sd3": (1, 2, PATCHES),
-    "flux": (1, 1, IDS),
-    "flux2": (1, 1, IDS),
-    "chroma": (1, 1, IDS),
     "wan": (2, 2, PATCHES),
     "wan_i2v": (2, 2, PATCHES),
     "cogvideox": (2, 2, PATCHES),
     "latte": (2, 2, PATCHES),
     "sana_video": (2, 2, PATCHES),
 }
-# Read off static shapes only: with symbols many grids would fit.
-STATIC_GRIDS = {"sana": (1, 1, LATENT)}
+# Known to static captures only: with symbolic sizes many grids fit the shape of Sana's latent, and
+# the values of position ids hold for one resolution, while the graph serves several.
+STATIC_GRIDS = {
+    "sana": (1, 1, LATENT),
+    "flux": (1, 1, IDS),
+    "flux2": (1, 1, IDS),
+    "chroma": (1, 1, IDS),
+}
 # No evidence in the graph: the grid is a Python argument (Qwen-Image, LTX), or latents are cut into
 # patches by reshaping (CogView4), or the patch is one pixel and text is in every sequence
 # (HunyuanVideo as configured here).
@@ -93,8 +96,10 @@ def test_unknown_is_said(name, when):
     assert infer_grid(graph.captured, graph.examples) is None
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("name", SPANS)
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [(name, when) for name in SPANS for when in WHEN if when == "static" or name in GRIDS],
+)
 def test_text_spans(name, when):
     graph = graph_of(name, when)
     inferred = infer_grid(graph.captured, graph.examples)
