@@ -153,12 +153,10 @@ def _raster(ids: Tensor) -> Grid | None:
 
 
 def _from_latents(captured: Captured) -> Iterator[Grid]:
-    tokens = [
-        node_tokens
-        for node_tokens in (_attention_tokens(node) for node in _nodes(captured))
-        if isinstance(node_tokens, int)
-    ]
-    if not tokens:
+    # The first attention alone: a later one may hold text too, and a sum can look like a grid.
+    counts = (_attention_tokens(node) for node in _nodes(captured))
+    tokens = next((count for count in counts if count is not None), None)
+    if not isinstance(tokens, int):
         return
     for item in captured.inputs:
         value = item.fake
@@ -172,7 +170,7 @@ def _from_latents(captured: Captured) -> Iterator[Grid]:
         for patch in (1, 2, 4, 8):
             if height % patch or width % patch:
                 continue
-            if frames * (height // patch) * (width // patch) in tokens:
+            if frames * (height // patch) * (width // patch) == tokens:
                 yield (frames, height // patch, width // patch)
 
 
