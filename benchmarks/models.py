@@ -3,9 +3,10 @@
     python benchmarks/models.py --output benchmarks/results/models_h200.json
     python benchmarks/models.py --tiny --rounds 5       # on a CPU, in a minute or two
 
-Each variant's first call is timed with empty compiler caches. Then all variants run in turn, for
-every round in another order: medians and interquartile ranges of single calls, device work
-included, and the median of the per-round ratios to torch.compile. Speeds are printed and written
+Each variant's first call is timed with empty compiler caches. Then all variants run in turn, in
+every round in a shuffled order (a GPU that just idled clocks higher, so nobody may always follow
+the same neighbour): medians and interquartile ranges of single calls, device work included, and the
+median of the per-round ratios to torch.compile. Speeds are printed and written
 only where the correctness gate of the same run holds: the output's distance (relative L2) to a
 float32 oracle of the same weights is at most twice torch.compile's own. Results are written after
 each model.
@@ -17,6 +18,7 @@ import argparse
 import copy
 import gc
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -51,6 +53,19 @@ def whole_graph(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         return compile_graph(gm, inputs, Options(), "inductor")
 
 
+def single_blocks(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+    """The ditopt backend with one program for each block, to see what joining them gains."""
+    from unittest import mock
+
+    from ditopt.config import Options
+    from ditopt.torch_backend import compile_graph
+
+    with mock.patch(
+        "ditopt.program.spans", lambda keys: [range(k, k + 1) for k in range(len(keys))]
+    ):
+        return compile_graph(gm, inputs, Options(), "inductor")
+
+
 def compiled(**arguments: Any) -> Variant:
     """A variant that `torch.compile` makes."""
     return lambda model: torch.compile(model, **arguments)
@@ -61,8 +76,10 @@ VARIANTS: dict[str, Variant] = {
     "inductor": compiled(),
     "ditopt": compiled(backend="ditopt"),
     "ditopt, no fused projections": compiled(backend="ditopt", options={"fuse_projections": False}),
+    "ditopt, single blocks": compiled(backend=single_blocks),
     "ditopt, whole graph": compiled(backend=whole_graph),
 }
+USUAL = ("eager", "inductor", "ditopt")
 
 
 def relative_l2(out: Tensor, truth: Tensor) -> float:
@@ -165,15 +182,15 @@ def measure(
 
 
 def interleave(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each variant by round, in an order that turns from round to round."""
+    """Milliseconds of each variant by round, in an order that is shuffled for each."""
     samples: dict[str, list[float]] = {label: [] for label in calls}
-    order = list(calls)
+    order, shuffler = list(calls), random.Random(0)
     for call in (*calls.values(), *calls.values()):
         call()
     for _ in range(rounds):
+        shuffler.shuffle(order)
         for label in order:
             samples[label].append(timed(calls[label])[1])
-        order.append(order.pop(0))
     return samples
 
 
@@ -253,7 +270,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["dit-xl", "flux", "wan"])
     parser.add_argument("--overhead", nargs="*", default=["dit-xl", "flux", "wan"])
-    parser.add_argument("--whole", nargs="*", default=["dit-xl"], help="models also kept whole")
+    parser.add_argument(
+        "--variants", nargs="*", default=[], help="further variants, as MODEL:VARIANT"
+    )
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, for a dry run")
     parser.add_argument("--output", type=Path)
@@ -288,11 +307,8 @@ def main() -> None:
             save()
         for name in arguments.models:
             started = time.perf_counter()
-            variants = {
-                label: variant
-                for label, variant in VARIANTS.items()
-                if label != "ditopt, whole graph" or name in arguments.whole
-            }
+            further = [one.partition(":")[2] for one in arguments.variants if one.startswith(name)]
+            variants = {label: VARIANTS[label] for label in (*USUAL, *further)}
             print(name, flush=True)
             result = measure(name, device, variants, arguments.rounds, arguments.tiny)
             profiles[name] = result.pop("profiles", {})

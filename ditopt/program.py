@@ -1,23 +1,22 @@
 """From a captured model and a plan to the programs that the step runtime runs.
 
-Pieces that share a body and a set of choices share one lowered program. What differs between them (weights, block lists) is passed in.
+Pieces that share a body and a set of choices share one lowered program. What differs between them
+(weights, block lists) is passed in.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from ditopt.backends.base import Backend, Lowered
-from ditopt.capture import Captured, Piece
-from ditopt.config import Options
 from ditopt.graph import placeholders
-from ditopt.infer_layout import Grid, SiteGeometry
+from ditopt.join import Extra, Part, join, spans
 from ditopt.passes.base import BlockLists, FusedWeight, NodeDecision, PassContext, SparseChoice
 from ditopt.patterns import HeadPattern, block_lists
 from ditopt.pipeline import PassRunner
@@ -28,12 +27,19 @@ from ditopt.stack import Stack, slot_value
 from ditopt.symbols import evaluator
 from ditopt.weights import FusedTensor
 
-Extra = Callable[[Sequence[Any]], Any]
+if TYPE_CHECKING:
+    from ditopt.backends.base import Backend, Lowered
+    from ditopt.capture import Captured, Piece
+    from ditopt.config import Options
+    from ditopt.infer_layout import Grid, SiteGeometry
 
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """What one phase of a plan asks for at one attention site: a pattern per head, on the site's part of the token grid."""
+    """What one phase of a plan asks for at one attention site.
+
+    A pattern per head, on the site's part of the token grid.
+    """
 
     patterns: tuple[HeadPattern, ...]
     geometry: SiteGeometry
@@ -44,24 +50,34 @@ class HeadChoice:
 
 @dataclass(frozen=True)
 class Phase:
-    """The choices of one range of calls: by site id, a `HeadChoice`, or the reason why the plan's wish cannot be met."""
+    """The choices of one range of calls.
+
+    By site id: a `HeadChoice`, or the reason why the plan's wish cannot be met.
+    """
 
     choices: Mapping[str, HeadChoice | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Lowering:
-    """One lowered variant of a body: the callable, and what its further inputs are."""
+class Rewritten:
+    """One body after the passes: its graph, what its further inputs are, and what was decided."""
 
-    call: Lowered
+    gm: fx.GraphModule
     extras: tuple[FusedWeight | BlockLists, ...]
-    kernels: int
+    decisions: Sequence[tuple[str, NodeDecision]]
 
 
 @dataclass(frozen=True)
 class BoundPiece:
-    """A piece with its program: arguments are `env[i]` for the slots, then the extras; `free` slots are not read again;
-    `kernels` is the number of block-sparse attentions in it."""
+    """A part of the model with its program.
+
+    Attributes:
+        call: the program; its arguments are `env[i]` for each of `inputs`, then the extras.
+        inputs, outputs: slots of the environment.
+        extras: each makes one further argument from the environment.
+        free: slots that nothing reads after this part.
+        kernels: number of block-sparse attentions in it.
+    """
 
     call: Lowered
     inputs: tuple[int, ...]
@@ -77,7 +93,7 @@ class ProgramBuilder:
     Attributes:
         decisions: of every pass at every site, filled while building.
         fused: the derived weights, for invalidation.
-        program_keys: the distinct (body, choices) pairs that were lowered.
+        programs: what was lowered, by the key of the part.
     """
 
     def __init__(
@@ -93,26 +109,61 @@ class ProgramBuilder:
         self.options = options
         self.decisions: list[Decision] = []
         self.fused: list[FusedTensor] = []
-        self.program_keys: dict[tuple[str, frozenset[str], frozenset[str]], Lowering] = {}
+        self.programs: dict[Hashable, Lowered] = {}
         self._device = device
         self._runner = PassRunner(options)
         self._sites = {(site.piece, site.node): site for site in sites}
         self._told: set[tuple[str, str, str]] = set()
-        self._made: dict[
-            tuple[str, frozenset[str], frozenset[str]], list[tuple[str, NodeDecision]]
-        ] = {}
+        self._rewritten: dict[Hashable, Rewritten] = {}
         self._weights: dict[tuple[int, tuple[int, ...]], FusedTensor] = {}
 
     def build(self, phases: Sequence[Phase], stack: Stack | None, roles: InputRoles) -> Programs:
         """Programs with one version of the block stack for each phase."""
         count = len(self.captured.pieces)
         first, end = (stack.first, stack.end) if stack is not None else (count, count)
-        kept = set(stack.bases if stack is not None else ()) - {None}
-        everything = range(count)
-        by_phase = [[self._bind(index, phase, kept) for index in everything] for phase in phases]
-        return _assemble(self.captured, by_phase, first, end, stack, roles)
+        kept = {slot for slot in self.captured.outputs if isinstance(slot, int)}
+        if stack is not None:
+            kept |= {*stack.outputs, *(base for base in stack.bases if base is not None)}
+        # Choices differ from block to block, and joined blocks would share hardly any program.
+        joins = self.backend.fuses and not any(phase.choices for phase in phases)
+        sections = (range(first), range(first, end), range(end, count))
+        by_phase = [
+            [self._bind_section(section, phase, kept, joins) for section in sections]
+            for phase in phases
+        ]
+        return _assemble(self.captured, by_phase, stack, roles)
 
-    def _bind(self, index: int, phase: Phase, kept: set[Any]) -> BoundPiece:
+    def _bind_section(
+        self, section: range, phase: Phase, kept: AbstractSet[int], joins: bool
+    ) -> list[BoundPiece]:
+        parts = [self._part(index, phase) for index in section]
+        single = [range(k, k + 1) for k in range(len(parts))]
+        bound = []
+        for span in spans([part.key for part in parts]) if joins else single:
+            last = section[span[-1]]
+            later = kept | {s for piece in self.captured.pieces[last + 1 :] for s in piece.inputs}
+            part = join([parts[k] for k in span], later)
+            if part.key not in self.programs:
+                self.programs[part.key] = self.backend.lower(part.gm, self.options.inductor)
+            bound.append(
+                BoundPiece(
+                    self.programs[part.key],
+                    part.inputs,
+                    part.extras,
+                    part.outputs,
+                    self._dead(part, later),
+                    part.kernels,
+                )
+            )
+        return bound
+
+    def _dead(self, part: Part, later: AbstractSet[int]) -> tuple[int, ...]:
+        """Intermediate slots whose last reader is this part: freeing them returns memory."""
+        first_free = len(self.captured.inputs)
+        touched = {*part.inputs, *part.outputs}
+        return tuple(sorted(slot for slot in touched - later if slot >= first_free))
+
+    def _part(self, index: int, phase: Phase) -> Part:
         piece = self.captured.pieces[index]
         sparse: dict[str, HeadChoice] = {}
         declined: dict[str, str] = {}
@@ -123,47 +174,46 @@ class ProgramBuilder:
                 sparse[node.name] = choice
             elif isinstance(choice, str):
                 declined[node.name] = choice
-        lowering = self._lower(piece, index, sparse, declined)
-        extras = tuple(self._extra(spec, piece, index, sparse) for spec in lowering.extras)
-        return BoundPiece(
-            lowering.call,
-            piece.inputs,
-            extras,
-            piece.outputs,
-            self._dead_after(index, kept),
-            lowering.kernels,
+        key = (piece.body.key, frozenset(sparse), frozenset(declined))
+        if key not in self._rewritten:
+            self._rewritten[key] = self._rewrite(piece, index, sparse, declined)
+        done = self._rewritten[key]
+        self._tell(piece, index, done.decisions)
+        return Part(
+            key=key,
+            gm=done.gm,
+            inputs=piece.inputs,
+            outputs=piece.outputs,
+            extras=tuple(self._extra(spec, piece, index, sparse) for spec in done.extras),
+            kernels=sum(isinstance(spec, BlockLists) and spec.part == 0 for spec in done.extras),
         )
 
-    def _lower(
+    def _rewrite(
         self,
         piece: Piece,
         index: int,
         sparse: Mapping[str, HeadChoice],
         declined: Mapping[str, str],
-    ) -> Lowering:
-        key = (piece.body.key, frozenset(sparse), frozenset(declined))
+    ) -> Rewritten:
+        gm = fx.GraphModule(piece.body.gm, copy.deepcopy(piece.body.gm.graph))
+        ctx = PassContext(
+            options=self.options,
+            sparse={
+                node: self._sparse_choice(index, node, choice) for node, choice in sparse.items()
+            },
+            declined=declined,
+        )
+        decisions = self._runner.run(gm, ctx, piece.path or piece.kind)
+        specs = (node.meta.get("ditopt") for node in placeholders(gm))
+        return Rewritten(gm, tuple(spec for spec in specs if spec is not None), decisions)
+
+    def _tell(
+        self, piece: Piece, index: int, decisions: Sequence[tuple[str, NodeDecision]]
+    ) -> None:
+        """Record a body's decisions for the piece that runs it, each once."""
         where = piece.path or piece.kind
-        if key not in self.program_keys:
-            gm = fx.GraphModule(piece.body.gm, copy.deepcopy(piece.body.gm.graph))
-            ctx = PassContext(
-                options=self.options,
-                sparse={
-                    node: self._sparse_choice(index, node, choice)
-                    for node, choice in sparse.items()
-                },
-                declined=declined,
-            )
-            made = self._runner.run(gm, ctx, where)
-            extras = tuple(
-                n.meta["ditopt"] for n in placeholders(gm) if n.meta.get("ditopt") is not None
-            )
-            kernels = sum(isinstance(spec, BlockLists) and spec.part == 0 for spec in extras)
-            self.program_keys[key] = Lowering(
-                self.backend.lower(gm, self.options.inductor), extras, kernels
-            )
-            self._made[key] = made
         nodes = {node.name: node for node in piece.body.gm.graph.nodes}
-        for rule, decision in self._made[key]:
+        for rule, decision in decisions:
             site = self._sites.get((index, decision.node))
             node = nodes.get(decision.node)
             name = (
@@ -178,7 +228,6 @@ class ProgramBuilder:
                         name or where, rule, decision.applied, decision.reason, (decision.node,)
                     )
                 )
-        return self.program_keys[key]
 
     def _sparse_choice(self, index: int, node: str, choice: HeadChoice) -> SparseChoice:
         site = self._sites[index, node]
@@ -221,15 +270,6 @@ class ProgramBuilder:
 
         return lambda env: make(*sizes(env))
 
-    def _dead_after(self, index: int, kept: set[Any]) -> tuple[int, ...]:
-        """Intermediate slots whose last reader is this piece; freeing them returns activation memory."""
-        pieces = self.captured.pieces
-        later = {slot for piece in pieces[index + 1 :] for slot in piece.inputs}
-        later |= {slot for slot in self.captured.outputs if isinstance(slot, int)} | kept
-        first_free = len(self.captured.inputs)
-        touched = (*pieces[index].inputs, *pieces[index].outputs)
-        return tuple(sorted({slot for slot in touched if slot >= first_free and slot not in later}))
-
 
 def _run(pieces: Sequence[BoundPiece], env: list[Any]) -> None:
     for piece in pieces:
@@ -246,13 +286,14 @@ def _run(pieces: Sequence[BoundPiece], env: list[Any]) -> None:
 
 def _assemble(
     captured: Captured,
-    by_phase: Sequence[Sequence[BoundPiece]],
-    first: int,
-    end: int,
+    by_phase: Sequence[Sequence[Sequence[BoundPiece]]],
     stack: Stack | None,
     roles: InputRoles,
 ) -> Programs:
-    """Close over the environment: inputs, constants, then one slot for each value that passes between pieces."""
+    """Close over the environment: inputs, constants, then a slot for each value between pieces.
+
+    `by_phase` holds what runs before, in and after the block stack.
+    """
     constants = list(captured.constants)
     spare = [None] * (captured.slots - len(captured.inputs))
     stack_outputs = stack.outputs if stack is not None else ()
@@ -260,8 +301,8 @@ def _assemble(
     sizes = stack.sizes if stack is not None else ()
     measure = evaluator(captured, [slot_value(captured, slot) for slot in sizes])
     carried = tuple(dict.fromkeys(base for base in bases if base is not None))
-    before, after = by_phase[0][:first], by_phase[0][end:]
-    bodies = [pieces[first:end] for pieces in by_phase]
+    before, _, after = by_phase[0]
+    bodies = [stretch for _, stretch, _ in by_phase]
     returned = captured.outputs
 
     def head(inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -245,7 +245,7 @@ class _Linker:
         )
         programs = builder.build(phases, stack, self._roles())
         self.record.decisions += builder.decisions
-        self.record.programs = len(builder.program_keys)
+        self.record.programs = len(builder.programs)
         tracker = self._tracker(schedule) if schedule is not None and not schedule.trivial else None
         runtime = StepRuntime(programs, schedule, tracker)
         runtime.artifact.own(
