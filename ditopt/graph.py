@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._sympy.functions import Max
 
 from ditopt.errors import CaptureError
 
@@ -59,11 +60,33 @@ def arguments(node: fx.Node) -> tuple[Any, ...]:
 def describe_value(value: Any) -> str:
     """Shape, stride, dtype and device as text; symbolic sizes by expression."""
     if isinstance(value, torch.Tensor):
-        strides = tuple(value.stride()) if value.layout == torch.strided else ()
-        return f"{tuple(value.shape)}:{strides}:{value.dtype}:{value.device}"
+        pairs = (
+            zip(value.shape, value.stride(), strict=True) if value.layout == torch.strided else ()
+        )
+        strides = ", ".join(_describe_stride(size, stride) for size, stride in pairs)
+        return f"{tuple(value.shape)}:({strides}):{value.dtype}:{value.device}"
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(describe_value(v) for v in value) + "]"
     return repr(value)
+
+
+def _describe_stride(size: Any, stride: Any) -> str:
+    """A stride as text, the same for strides that address the same elements.
+
+    Tracing writes `Max(1, n)` for a contiguous stride here and `n` there; the stride of an axis of
+    length 1 is never used.
+    """
+    if isinstance(size, int) and size == 1:
+        return "*"
+    expression = stride.node.expr if isinstance(stride, torch.SymInt) else None
+    if expression is None or not expression.has(Max):
+        return str(stride)
+    return str(expression.replace(Max, lambda *terms: _without_one(terms)))
+
+
+def _without_one(terms: tuple[Any, ...]) -> Any:
+    rest = [term for term in terms if term != 1]
+    return rest[0] if len(rest) == 1 else Max(*terms)
 
 
 def target_name(target: Any) -> str:
