@@ -17,6 +17,10 @@ _CAREFUL = 0.97
 """Share of the dense time that the most careful plan worth having takes."""
 
 
+_WORTH_SPEED, _WORTH_DB = 0.02, 0.25
+"""Differences that are worth a measurement; smaller ones cost more than they bring."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Several seeds under one plan: mean PSNR in dB, and dense time over the median time."""
@@ -61,13 +65,16 @@ class Aim(Protocol):
         """Whether fresh seeds meet the goal."""
 
     def close(self, outcome: Outcome) -> bool:
-        """Whether looking for a better plan is not worth a measurement."""
+        """Whether the goal is met so closely that nothing better is to be expected."""
+
+    def promises(self, candidate: Candidate, best: Trial) -> bool:
+        """Whether a candidate is predicted to beat a passing trial by enough to sample it."""
 
     def best(self, passing: Sequence[Trial]) -> Trial:
         """The one to audit."""
 
-    def widen(self, audited: Outcome) -> None:
-        """Aim higher after an audit that failed."""
+    def widen(self, tuned: Outcome, audited: Outcome) -> None:
+        """Aim higher after an audit that failed, by how much fresh seeds fell behind."""
 
     def attainable(self, trials: Sequence[Trial]) -> str:
         """The best that is known to be possible, for people."""
@@ -132,13 +139,17 @@ class QualityAim:
         """See `Aim`."""
         return 0 <= outcome.psnr_db - self._threshold_db <= self._slack_db
 
+    def promises(self, candidate: Candidate, best: Trial) -> bool:
+        """See `Aim`."""
+        return candidate.seconds <= (1 - _WORTH_SPEED) * best.candidate.seconds
+
     def best(self, passing: Sequence[Trial]) -> Trial:
         """See `Aim`. By predicted time: measured times would make the plan depend on the day."""
         return min(passing, key=lambda trial: trial.candidate.seconds)
 
-    def widen(self, audited: Outcome) -> None:
+    def widen(self, tuned: Outcome, audited: Outcome) -> None:
         """See `Aim`."""
-        self.margin_db += self._min_psnr_db - audited.psnr_db + 0.25
+        self.margin_db = max(self.margin_db, tuned.psnr_db - audited.psnr_db) + _WORTH_DB
 
     def attainable(self, trials: Sequence[Trial]) -> str:
         """See `Aim`."""
@@ -193,13 +204,21 @@ class SpeedAim:
         """See `Aim`."""
         return 1 <= outcome.speedup / self._target <= 1 + 3 * self._margin
 
+    def promises(self, candidate: Candidate, best: Trial) -> bool:
+        """See `Aim`."""
+        before, after = (
+            self.model.psnr_db(c.attention_error, c.cache_error)
+            for c in (best.candidate, candidate)
+        )
+        return after >= before + _WORTH_DB
+
     def best(self, passing: Sequence[Trial]) -> Trial:
         """See `Aim`."""
         return max(passing, key=lambda trial: trial.outcome.psnr_db)
 
-    def widen(self, audited: Outcome) -> None:
+    def widen(self, tuned: Outcome, audited: Outcome) -> None:
         """See `Aim`."""
-        self._margin += self._target / audited.speedup - 1 + 0.01
+        self._margin = max(self._margin, tuned.speedup / audited.speedup - 1) + _WORTH_SPEED
 
     def attainable(self, trials: Sequence[Trial]) -> str:
         """See `Aim`."""

@@ -87,7 +87,7 @@ class ClosedLoop:
             outcome = self._sample(trial.plan, "audit", seeds)
             if self._aim.met(outcome):
                 return self._finish(trial)
-            self._aim.widen(outcome)
+            self._aim.widen(trial.outcome, outcome)
             self._aim.learn(self._trials)
         raise self._unattainable(f"{self._spec.max_audits} audits on fresh seeds failed")
 
@@ -98,16 +98,23 @@ class ClosedLoop:
             candidate = self._aim.propose()
             if candidate is None or any(t.candidate == candidate for t in self._trials):
                 break
+            best = self._best_passing()
+            if best is not None and not self._aim.promises(candidate, best):
+                break
             plan = self._predictor.plan(candidate, self._aim.model, self._goal)
             trial = Trial(candidate, plan, self._sample(plan, "tune", seeds))
             self._trials.append(trial)
             self._aim.learn(self._trials)
             if self._aim.close(trial.outcome):
                 break
-        passing = [trial for trial in self._trials if self._aim.tuned(trial.outcome)]
-        if not passing:
+        best = self._best_passing()
+        if best is None:
             raise self._unattainable(f"{len(self._trials)} plans were sampled")
-        return self._aim.best(passing)
+        return best
+
+    def _best_passing(self) -> Trial | None:
+        passing = [trial for trial in self._trials if self._aim.tuned(trial.outcome)]
+        return self._aim.best(passing) if passing else None
 
     def _sample(
         self, plan: Plan, purpose: Literal["tune", "audit"], seeds: Sequence[int]
