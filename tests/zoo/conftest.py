@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import pytest
+from typing import TYPE_CHECKING
 
 from .models import ZOO
+
+if TYPE_CHECKING:
+    import pytest
 
 HERE = Path(__file__).parent
 
