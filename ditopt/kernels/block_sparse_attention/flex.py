@@ -61,9 +61,10 @@ def _own_storage(x: Tensor) -> Tensor:
 
     The C++ template reads such a view from the start of its buffer (torch 2.11 to 2.13): with q, k
     and v split from one matrix product, and only some of them changed since, results are wrong.
+    Dynamo cannot trace a storage offset and gets the copy always; ``compile_fx`` only where needed.
     """
     whole = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
-    if whole and x.storage_offset() == 0:
+    if whole and not torch.compiler.is_dynamo_compiling() and x.storage_offset() == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
