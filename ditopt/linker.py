@@ -1,0 +1,221 @@
+"""Connect one captured graph to the plan, the backend and the step runtime."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ditopt import fingerprint
+from ditopt.errors import CaptureError, DitoptWarning
+from ditopt.infer_layout import infer_grid, site_geometry
+from ditopt.program import HeadChoice, Phase, ProgramBuilder
+from ditopt.report import Decision
+from ditopt.runtime import InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
+from ditopt.stack import Stack, find_stack
+from ditopt.symbols import is_symbolic
+
+if TYPE_CHECKING:
+    from ditopt.backends.base import Backend
+    from ditopt.capture import Captured
+    from ditopt.config import Options
+    from ditopt.patterns import HeadPattern
+    from ditopt.plan import Plan
+    from ditopt.plan.checks import SiteLike
+    from ditopt.sites import AttentionSite
+    from ditopt.torch_backend import Compiled
+
+_trackers: weakref.WeakKeyDictionary[nn.Module, dict[int, TrajectoryTracker]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Linker:
+    """Makes the callable that Dynamo gets for one captured graph.
+
+    Args:
+        captured: the graph.
+        inputs: the values of its first call, in Dynamo's order.
+        record: what is known about the graph; decisions are added to it.
+        options: of the `torch.compile` call.
+        root: the model, or None where it was not found.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        inputs: Sequence[Any],
+        record: Compiled,
+        options: Options,
+        root: nn.Module | None,
+    ) -> None:
+        self.captured = captured
+        self.inputs = inputs
+        self.record = record
+        self.options = options
+        self.root = root
+        self.plan: Plan | None = options.load_plan()
+
+    def link(self, backend: Backend) -> StepRuntime:
+        """Lower the graph as the plan says.
+
+        Raises:
+            PlanError: the plan belongs to another model.
+        """
+        inferred = infer_grid(self.captured, self.inputs)
+        self.record.grid = inferred[0] if inferred is not None else None
+        phases, schedule, stack = [Phase()], None, None
+        if self.plan is not None:
+            self._check(self.plan)
+            phases = [Phase(self._choices(self.plan, p.attention)) for p in self.plan.phases]
+            stack = self._cached_stack(self.plan)
+            schedule = _schedule(self.plan, cached=stack is not None)
+            if stack is None and len(phases) > 1:
+                stack = _whole(self.captured)
+        builder = ProgramBuilder(
+            self.captured, self.record.attention, backend, self.options, self._device()
+        )
+        programs = builder.build(phases, stack, self._roles())
+        self.record.decisions += builder.decisions
+        self.record.programs = len(builder.programs)
+        tracker = self._tracker(schedule) if schedule is not None and not schedule.trivial else None
+        runtime = StepRuntime(programs, schedule, tracker)
+        runtime.artifact.own(value for value in self.inputs if isinstance(value, nn.Parameter))
+        for fused in builder.fused:
+            runtime.artifact.on_invalidate(fused.invalidate)
+        return runtime
+
+    def _decide(self, rule: str, applied: bool, reason: str) -> None:
+        self.record.decisions.append(Decision("model", rule, applied, reason))
+
+    def _device(self) -> torch.device:
+        tensors = [value for value in self.inputs if isinstance(value, torch.Tensor)]
+        parameters = [value for value in tensors if isinstance(value, nn.Parameter)]
+        return (parameters or tensors)[0].device if tensors else torch.device("cpu")
+
+    def _roles(self) -> InputRoles:
+        names = [
+            None if item.role in ("parameter", "buffer") else item.name
+            for item in self.captured.inputs
+            if item.role != "constant"
+        ]
+        if self.plan is None:
+            return InputRoles.from_names(names, timestep=None, varying=())
+        sampler = self.plan.sampler
+        return InputRoles.from_names(names, timestep=sampler.timestep, varying=sampler.varying)
+
+    def _check(self, plan: Plan) -> None:
+        """Compare the plan's fingerprints and sites with the model's."""
+        if self.root is None:
+            reason = "the model was not found, so the plan's fingerprint is not checked"
+            self._decide("plan", False, reason)
+            return
+        found = {site.id for site in self.record.attention}
+        sites: tuple[SiteLike, ...]
+        if {site.id for site in plan.model.sites} <= found:
+            sites = tuple(site for site in self.record.attention if site.form == "softmax")
+        else:  # one of several graphs: the sites cannot be compared one by one
+            sites = plan.model.sites
+        notes = plan.validate_against(
+            sites, fingerprint.architecture(self.root), fingerprint.weights(self.root)
+        )
+        for note in notes:
+            warnings.warn(note, DitoptWarning, stacklevel=2)
+            self._decide("plan", True, note)
+
+    def _choices(
+        self, plan: Plan, rules: Mapping[str, Sequence[HeadPattern]]
+    ) -> dict[str, HeadChoice | str]:
+        """For each site that the plan names, its patterns, or why they cannot be used here."""
+        return {
+            site.id: self._choice(plan, site, rules[site.id])
+            for site in self.record.attention
+            if site.id in rules
+        }
+
+    def _choice(
+        self, plan: Plan, site: AttentionSite, patterns: Sequence[HeadPattern]
+    ) -> HeadChoice | str:
+        if self.captured.prefix:
+            return (
+                f"a graph break makes {self.captured.prefix} a graph of its own, "
+                "which equal modules share"
+            )
+        grid = self.record.grid
+        if grid is None and plan.layout is not None:
+            if is_symbolic(site.tokens_q):
+                return (
+                    "the plan knows the token grid of one resolution, and this graph serves "
+                    "several; compile with dynamic=False"
+                )
+            grid = (plan.layout.frames, plan.layout.height, plan.layout.width)
+        if grid is None:
+            return "the token grid is unknown"
+        geometry = site_geometry(self.captured, site, grid)
+        if isinstance(geometry, str):
+            return geometry
+        return HeadChoice(tuple(patterns), geometry, grid, plan.block.q, plan.block.k)
+
+    def _cached_stack(self, plan: Plan) -> Stack | None:
+        """The block stack that the plan's skip calls leave out; None where nothing is cached."""
+        if plan.cache is None:
+            return None
+        found = self._stack_or_reason(plan)
+        if isinstance(found, str):
+            self._decide("cache_blocks", False, found)
+            return None
+        first, last = self.captured.pieces[found.first], self.captured.pieces[found.end - 1]
+        calls = plan.sampler.calls
+        self._decide(
+            "cache_blocks",
+            True,
+            f"{calls - len(plan.cache.full)} of {calls} calls forecast "
+            f"the output of {first.path} to {last.path}",
+        )
+        return found
+
+    def _stack_or_reason(self, plan: Plan) -> Stack | str:
+        here = {site.id for site in self.record.attention}
+        missing = {site.id for site in plan.model.sites} - here
+        if missing:
+            return f"the model was captured in several graphs (this one lacks {min(missing)})"
+        return find_stack(self.captured)
+
+    def _tracker(self, schedule: StepSchedule) -> TrajectoryTracker:
+        """One tracker for all graphs of a model under one plan.
+
+        A recompilation in mid-run (another resolution or batch size) then keeps the position.
+        """
+        if self.root is None:
+            return TrajectoryTracker(schedule)
+        by_plan = _trackers.setdefault(self.root, {})
+        key = hash(self.plan)
+        if key not in by_plan or by_plan[key].schedule != schedule:
+            by_plan[key] = TrajectoryTracker(schedule, model=type(self.root).__name__)
+        return by_plan[key]
+
+
+def _schedule(plan: Plan, *, cached: bool) -> StepSchedule:
+    """The plan's calls; all of them in full where the cache cannot be used."""
+    calls = plan.sampler.calls
+    cache = plan.cache if cached else None
+    return StepSchedule.build(
+        calls,
+        cache.full if cache is not None else range(calls),
+        cache.coefficients if cache is not None else {},
+        timesteps=plan.sampler.timesteps or None,
+        phases=[phase.calls for phase in plan.phases],
+        branches=plan.sampler.branches,
+    )
+
+
+def _whole(captured: Captured) -> Stack:
+    """Every piece, as the part that differs between phases where nothing is cached."""
+    if not captured.pieces:
+        raise CaptureError("the graph is empty, so a plan has nothing to choose")
+    outputs = tuple(slot for slot in dict.fromkeys(captured.outputs) if isinstance(slot, int))
+    return Stack(0, len(captured.pieces), outputs, ())
