@@ -48,6 +48,18 @@ MASKS = {
 }
 
 
+# The last block's text is computed by eager and read by nobody, so no graph holds it. CogView4 runs
+# one feed-forward on image and text in turn.
+UNREAD = {
+    "qwen_image": [
+        "transformer_blocks.1.attn.to_add_out",
+        "transformer_blocks.1.txt_mlp.net.0.proj",
+        "transformer_blocks.1.txt_mlp.net.2",
+    ],
+    "cogview4": ["transformer_blocks.1.ff.net.0.proj", "transformer_blocks.1.ff.net.2"],
+}
+
+
 class Seen(TorchFunctionMode):
     """Counts the attentions and linear layers of one eager call by the module that runs them."""
 
@@ -109,7 +121,8 @@ def test_softmax_sites_are_the_attentions_that_eager_runs(name):
 
 @pytest.mark.parametrize("name", ONE_GRAPH)
 def test_linear_sites_are_the_linear_layers_that_eager_runs(name):
-    assert Counter(site.id for site in linears(name)) == eager(name).linear
+    expected = eager(name).linear - Counter(UNREAD.get(name, ()))
+    assert Counter(site.id for site in linears(name)) == expected
 
 
 @pytest.mark.parametrize("name", ZOO)

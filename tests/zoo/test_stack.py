@@ -16,6 +16,8 @@ from .runs import BROKEN, ONE_GRAPH, relative_l2, run
 
 # First and last block, and how many values leave the stack. FLUX.2 and Chroma compute modulations
 # between the two kinds of blocks, so the stack is the heavier kind, which carries image and text.
+# Only reshaping lies between HunyuanVideo's text refiner and its blocks: one stack.
+REFINER = "context_embedder.token_refiner.refiner_blocks.0"
 EXPECTED = {
     "dit": ("transformer_blocks.0", "transformer_blocks.1", 1),
     "pixart": ("transformer_blocks.0", "transformer_blocks.1", 1),
@@ -29,7 +31,7 @@ EXPECTED = {
     "z_image": ("layers.0", "layers.1", 1),
     "wan": ("blocks.0", "blocks.1", 1),
     "wan_i2v": ("blocks.0", "blocks.1", 1),
-    "hunyuan_video": ("transformer_blocks.0", "single_transformer_blocks.1", 1),
+    "hunyuan_video": (REFINER, "single_transformer_blocks.1", 1),
     "cogvideox": ("transformer_blocks.0", "transformer_blocks.1", 1),
     "ltx": ("transformer_blocks.0", "transformer_blocks.1", 1),
     "latte": ("transformer_blocks.0", "transformer_blocks.1", 1),
