@@ -174,9 +174,10 @@ class ProgramBuilder:
                 sparse[node.name] = choice
             elif isinstance(choice, str):
                 declined[node.name] = choice
-        key = (piece.body.key, frozenset(sparse), frozenset(declined))
+        own = frozenset(k for k, slot in enumerate(piece.inputs) if self._is_own(slot))
+        key = (piece.body.key, frozenset(sparse), frozenset(declined), own)
         if key not in self._rewritten:
-            self._rewritten[key] = self._rewrite(piece, index, sparse, declined)
+            self._rewritten[key] = self._rewrite(piece, index, sparse, declined, own)
         done = self._rewritten[key]
         self._tell(piece, index, done.decisions)
         return Part(
@@ -194,6 +195,7 @@ class ProgramBuilder:
         index: int,
         sparse: Mapping[str, HeadChoice],
         declined: Mapping[str, str],
+        own: frozenset[int],
     ) -> Rewritten:
         gm = fx.GraphModule(piece.body.gm, copy.deepcopy(piece.body.gm.graph))
         ctx = PassContext(
@@ -202,10 +204,16 @@ class ProgramBuilder:
                 node: self._sparse_choice(index, node, choice) for node, choice in sparse.items()
             },
             declined=declined,
+            own=own,
         )
         decisions = self._runner.run(gm, ctx, piece.path or piece.kind)
         specs = (node.meta.get("ditopt") for node in placeholders(gm))
         return Rewritten(gm, tuple(spec for spec in specs if spec is not None), decisions)
+
+    def _is_own(self, slot: int) -> bool:
+        """Whether a slot holds a tensor of the model, not one of the call or from another piece."""
+        inputs = self.captured.inputs
+        return slot < len(inputs) and inputs[slot].role in ("parameter", "buffer", "constant")
 
     def _tell(
         self, piece: Piece, index: int, decisions: Sequence[tuple[str, NodeDecision]]

@@ -60,11 +60,14 @@ class PassContext:
         options: of the `torch.compile` call.
         sparse: attention nodes for which the plan asks for block-sparse attention.
         declined: attention nodes for which it asks in vain, with the reason.
+        own: positions of the inputs that are the model's own tensors; only these last from call to
+            call, so only of these may the runtime keep something derived.
     """
 
     options: Options
     sparse: Mapping[str, SparseChoice] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
+    own: frozenset[int] = frozenset()
 
 
 class Pass(Protocol):

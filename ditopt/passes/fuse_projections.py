@@ -30,6 +30,7 @@ class FuseProjections:
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> list[NodeDecision]:
         """Fuse every group that qualifies."""
+        own = {node for k, node in enumerate(placeholders(gm)) if k in ctx.own}
         groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in gm.graph.nodes:
             if node.op == "call_function" and node.target is aten.linear.default:
@@ -38,7 +39,7 @@ class FuseProjections:
         for members in groups.values():
             if len(members) < 2:
                 continue
-            reason = _reject(members, ctx)
+            reason = _reject(members, ctx, own)
             if reason is None:
                 _rewrite(gm, members)
             text = reason or f"{len(members)} projections of one tensor in one matrix product"
@@ -46,13 +47,13 @@ class FuseProjections:
         return decisions
 
 
-def _reject(members: list[fx.Node], ctx: PassContext) -> str | None:
+def _reject(members: list[fx.Node], ctx: PassContext, own: set[fx.Node]) -> str | None:
     """Why the layers cannot be one, or None."""
     if not ctx.options.fuse_projections:
         return "switched off by the option fuse_projections"
     weights = [_weight(node) for node in members]
     biases = [_bias(node) for node in members]
-    if not all(_is_parameter(weight) for weight in weights):
+    if not own.issuperset(weights):
         return "a weight is computed, not a parameter"
     if len(set(weights)) < len(weights):
         return "two projections share a weight"
@@ -60,7 +61,7 @@ def _reject(members: list[fx.Node], ctx: PassContext) -> str | None:
         return "the weights have several dtypes"
     if len({bias is None for bias in biases}) > 1:
         return "some projections have a bias and some have none"
-    if not all(bias is None or _is_parameter(bias) for bias in biases):
+    if not own.issuperset(bias for bias in biases if bias is not None):
         return "a bias is computed, not a parameter"
     return None
 
@@ -72,10 +73,6 @@ def _weight(linear: fx.Node) -> Any:
 def _bias(linear: fx.Node) -> Any:
     args = arguments(linear)
     return args[2] if len(args) > 2 else None
-
-
-def _is_parameter(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "placeholder" and "ditopt" not in node.meta
 
 
 def _fused_input(gm: fx.GraphModule, parts: list[fx.Node], name: str) -> fx.Node:
