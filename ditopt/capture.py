@@ -160,7 +160,7 @@ def _lift_constants(
     for node in list(graph.nodes):
         if node.op != "get_attr":
             continue
-        value = _attribute(gm, str(node.target))
+        value = graphs.attribute(gm, str(node.target))
         if not isinstance(value, torch.Tensor):
             continue
         if str(node.target) not in by_attribute:
@@ -175,12 +175,6 @@ def _lift_constants(
         graph.erase_node(node)
     returned = fx.map_arg(returned, lambda node: replaced.get(node, node))
     return graph, inputs + list(by_attribute.values()), constants, returned
-
-
-def _attribute(root: Any, target: str) -> Any:
-    for part in target.split("."):
-        root = getattr(root, part)
-    return root
 
 
 def capture(gm: fx.GraphModule, *, prefix: str = "", whole: bool = False) -> Captured:
@@ -254,7 +248,7 @@ def _assemble(
             if node in escaping
             or any(user not in inside and user.op != "output" for user in node.users)
         ]
-        torch_key = graphs.structural_key(run.nodes, sources, results)
+        torch_key = graphs.structural_key(gm, run.nodes, sources, results)
         if torch_key not in by_torch_key:
             canonical = normalize(
                 graphs.subgraph(gm, _with_attributes(run.nodes), sources, results)

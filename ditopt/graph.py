@@ -147,18 +147,31 @@ def subgraph(
     return fx.GraphModule(root, graph)
 
 
+def attribute(root: Any, target: str) -> Any:
+    """What a `get_attr` node with this target reads."""
+    for member in target.split("."):
+        root = getattr(root, member)
+    return root
+
+
 def structural_key(
-    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+    root: torch.nn.Module,
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
 ) -> str:
     """Hash of operators, constants, wiring and input types: equal keys mean interchangeable bodies.
 
-    Names and parameters' values do not enter, so that the blocks of a model compare equal.
+    Names and parameters' values do not enter, so that the blocks of a model compare equal. What
+    the graph reads from its own module `root` (constants, sub-graphs) enters by value.
     """
     number = {node: f"i{k}" for k, node in enumerate(inputs)}
     lines = [describe_value(fake_value(node)) for node in inputs]
 
     def text(arg: Any) -> str:
         if isinstance(arg, fx.Node):
+            if arg.op == "get_attr":
+                return _content(attribute(root, str(arg.target)))
             return "%" + number[arg]
         if isinstance(arg, (tuple, list)):
             return "(" + ",".join(text(a) for a in arg) + ")"
@@ -168,7 +181,7 @@ def structural_key(
             return f"slice{text((arg.start, arg.stop, arg.step))}"
         return repr(arg)
 
-    for k, node in enumerate(nodes):
+    for k, node in enumerate(node for node in nodes if node.op != "get_attr"):
         number[node] = f"n{k}"
         lines.append(f"{node.op} {target_name(node.target)} {text(node.args)} {text(node.kwargs)}")
     lines.append(text(tuple(outputs)))
@@ -179,7 +192,17 @@ def graph_key(gm: fx.GraphModule) -> str:
     """`structural_key` of a whole GraphModule."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
-    return structural_key(nodes, inputs, list(output_nodes(gm)))
+    return structural_key(gm, nodes, inputs, list(output_nodes(gm)))
+
+
+def _content(value: Any) -> str:
+    """A text that differs where values do."""
+    if isinstance(value, fx.GraphModule):
+        return graph_key(value)
+    if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, torch.nn.Parameter):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return describe_value(value) + hashlib.sha256(raw).hexdigest()
+    return f"{type(value)} at {id(value)}"  # unknown things are equal to themselves only
 
 
 def output_nodes(gm: fx.GraphModule) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ditopt.graph import output_nodes, placeholders
+from ditopt.graph import attribute, output_nodes, placeholders
 
 Extra = Callable[[Sequence[Any]], Any]
 
@@ -178,9 +178,6 @@ def _copy_body(
         copied[node] = graph.node_copy(node, lambda n: copied[n])
         if node.op == "get_attr":
             name = f"part_{number}_{str(node.target).replace('.', '_')}"
-            value: Any = gm
-            for member in str(node.target).split("."):
-                value = getattr(value, member)
-            setattr(root, name, value)
+            setattr(root, name, attribute(gm, str(node.target)))
             copied[node].target = name
     return [copied[value] if isinstance(value, fx.Node) else value for value in output_nodes(gm)]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import ditopt
+from ditopt.torch_backend import compiled_graphs
 from ditopt.weights import FusedTensor
 
 
@@ -141,3 +142,8 @@ def test_weights_computed_outside_a_block_are_never_kept() -> None:
     with torch.no_grad():
         for t in torch.linspace(0.1, 1, 10):
             torch.testing.assert_close(compiled(x, t), model(x, t))
+    (record,) = compiled_graphs(model)
+    fused = [d for d in record.decisions if d.rule == "fuse_projections"]
+    assert {(d.applied, d.reason) for d in fused} == {
+        (False, "a weight is computed, not a parameter")
+    }
