@@ -312,6 +312,7 @@ def _assemble(
     before, _, after = by_phase[0]
     bodies = [stretch for _, stretch, _ in by_phase]
     returned = captured.outputs
+    contiguous = [slot_value(captured, slot).is_contiguous() for slot in stack_outputs]
 
     def head(inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         env = [*inputs, *constants, *spare]
@@ -325,8 +326,9 @@ def _assemble(
         return [env[slot] for slot in stack_outputs]
 
     def tail(inputs: Sequence[Any], outputs: Sequence[Any], env: list[Any]) -> tuple[Any, ...]:
-        for slot, value in zip(stack_outputs, outputs, strict=True):
-            env[slot] = value
+        for slot, value, dense in zip(stack_outputs, outputs, contiguous, strict=True):
+            # A forecast has its base's strides; the programs behind were made for the stack's own.
+            env[slot] = value.contiguous() if dense else value
         _run(after, env)
         return tuple(env[item] if isinstance(item, int) else item[1] for item in returned)
 
