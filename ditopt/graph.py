@@ -86,7 +86,8 @@ def _describe_stride(size: Any, stride: Any) -> str:
 
 def _without_one(terms: tuple[Any, ...]) -> Any:
     rest = [term for term in terms if term != 1]
-    return rest[0] if len(rest) == 1 else Max(*terms)
+    # sympy has no types
+    return rest[0] if len(rest) == 1 else Max(*terms)  # type: ignore[no-untyped-call]
 
 
 def target_name(target: Any) -> str:
