@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from ditopt.graph import placeholders
@@ -292,6 +293,24 @@ def _run(pieces: Sequence[BoundPiece], env: list[Any]) -> None:
             count("block_sparse_attention")
 
 
+Strides = dict[tuple[int, torch.Size], tuple[int, ...]]
+
+
+def _with_strides(position: int, value: Any, seen: Strides) -> Any:
+    """The output at `position` of the block stack with the strides that the stack itself gives it.
+
+    The programs behind were made for those; a forecast has the strides of its base, which may be
+    a transposed view (a patch embedding).
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    wanted = seen.get((position, value.shape), value.stride())
+    if value.stride() == wanted:
+        return value
+    moved = torch.empty_strided(value.shape, wanted, dtype=value.dtype, device=value.device)
+    return moved.copy_(value)
+
+
 def _assemble(
     captured: Captured,
     by_phase: Sequence[Sequence[Sequence[BoundPiece]]],
@@ -312,7 +331,7 @@ def _assemble(
     before, _, after = by_phase[0]
     bodies = [stretch for _, stretch, _ in by_phase]
     returned = captured.outputs
-    contiguous = [slot_value(captured, slot).is_contiguous() for slot in stack_outputs]
+    strides: Strides = {}
 
     def head(inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         env = [*inputs, *constants, *spare]
@@ -323,12 +342,15 @@ def _assemble(
 
     def body(inputs: Sequence[Any], carry: Sequence[Any], env: list[Any], phase: int) -> list[Any]:
         _run(bodies[phase], env)
-        return [env[slot] for slot in stack_outputs]
+        outputs = [env[slot] for slot in stack_outputs]
+        for k, value in enumerate(outputs):
+            if isinstance(value, torch.Tensor):
+                strides[k, value.shape] = value.stride()
+        return outputs
 
     def tail(inputs: Sequence[Any], outputs: Sequence[Any], env: list[Any]) -> tuple[Any, ...]:
-        for slot, value, dense in zip(stack_outputs, outputs, contiguous, strict=True):
-            # A forecast has its base's strides; the programs behind were made for the stack's own.
-            env[slot] = value.contiguous() if dense else value
+        for k, (slot, value) in enumerate(zip(stack_outputs, outputs, strict=True)):
+            env[slot] = _with_strides(k, value, strides)
         _run(after, env)
         return tuple(env[item] if isinstance(item, int) else item[1] for item in returned)
 
