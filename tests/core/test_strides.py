@@ -1,4 +1,4 @@
-"""A forecast must look like what it replaces: compiled programs check the strides of their inputs."""
+"""A forecast must look like what it replaces: compiled programs check their inputs' strides."""
 
 from __future__ import annotations
 
