@@ -1,6 +1,7 @@
 """Write the README's tables from the JSON under benchmarks/results/: `make docs`.
 
-Taken up is each file that `ditopt bench --json` or `ditopt demo --json` wrote.
+Taken up are the files that `ditopt bench --json`, `ditopt demo --json`, `benchmarks/models.py` and
+`benchmarks/attention.py` wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 COLUMNS = ("variant", "time (IQR)", "vs `torch.compile`", "PSNR (worst seed)", "SSIM", "compile")
-HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+
+
+def header(columns: tuple[str, ...]) -> str:
+    """The first two lines of a table."""
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
 def row_text(row: dict[str, Any], inductor_ms: float) -> str:
@@ -43,7 +48,7 @@ def table_text(path: Path, result: dict[str, Any]) -> str:
     title = f"**{where['workload']}**, one sampling loop on {where['name']}"
     facts = f"{where['threads']} threads, torch {where['torch']}, {where['date']}, `{path.name}`"
     rows = "\n".join(row_text(row, inductor_ms) for row in result["rows"])
-    return f"{title} ({facts}):\n\n{HEADER}\n{rows}\n"
+    return f"{title} ({facts}):\n\n{header(COLUMNS)}\n{rows}\n"
 
 
 def is_bench(result: Any) -> bool:
@@ -53,10 +58,71 @@ def is_bench(result: Any) -> bool:
     return "inductor" in variants and all(row.get("ms") for row in rows)
 
 
+MODEL_COLUMNS = (
+    *("model, one step", "eager", "torch.compile", "ditopt, no plan"),
+    *("of torch.compile", "first call"),
+)
+
+
+def models_text(path: Path, result: dict[str, Any]) -> str:
+    """One step of published shapes, without a plan, and the cold first call."""
+    where, rows = result["environment"], []
+    for model in result["models"]:
+        by_name = {variant["variant"]: variant for variant in model["variants"]}
+        eager, inductor, ours = (by_name[name] for name in ("eager", "inductor", "ditopt"))
+        times = " | ".join(f"{variant['ms']:.1f} ms" for variant in (eager, inductor, ours))
+        cold = f"{ours['first_call_s']:.0f} s, torch.compile {inductor['first_call_s']:.0f} s"
+        rows.append(f"| {model['title']} | {times} | {ours['ratio_to_inductor']:.3f} | {cold} |")
+    facts = f"{where['name']}, torch {where['torch']}, {where['date']}, `{path.name}`"
+    title = "**Published shapes, random weights, bf16, lossless work only**"
+    return f"{title} ({facts}):\n\n{header(MODEL_COLUMNS)}\n" + "\n".join(rows) + "\n"
+
+
+ATTENTION_COLUMNS = (
+    *("shape", "density", "time", "over cuDNN dense", "ours"),
+    *("plain Triton", "FlexAttention"),
+)
+
+
+def attention_text(path: Path, result: dict[str, Any]) -> str:
+    """Block-sparse attention: time, speedup, and efficiency (speedup x density) of each kernel."""
+    by_case: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in result["results"]:
+        if "efficiency" in row and row["block"] == [128, 128] and row["density"] < 1:
+            case = (row["shape"], row["lists"], round(row["density"], 3))
+            by_case.setdefault(case, {})[row["implementation"]] = row
+    rows = []
+    for (shape, lists, density), found in by_case.items():
+        ours = found["ours"]
+        kernels = ("ours", "ours, plain Triton", "FlexAttention, compiled")
+        shares = " | ".join(f"{found[name]['efficiency']:.2f}" for name in kernels)
+        heads = " (mixed heads)" if lists == "mixed" else ""
+        speedup = f"{ours['speedup_over_cudnn']:.2f}x"
+        rows.append(
+            f"| {shape} | {density:g}{heads} | {ours['ms']:.2f} ms | {speedup} | {shares} |"
+        )
+    facts = f"{result['gpu']}, torch {result['versions']['torch']}, {result['date']}, `{path.name}`"
+    title = (
+        "**Block-sparse attention, 128 x 128 blocks, efficiency = speedup over cuDNN x density**"
+    )
+    return f"{title} ({facts}):\n\n{header(ATTENTION_COLUMNS)}\n" + "\n".join(rows) + "\n"
+
+
+def section(path: Path, result: Any) -> str | None:
+    """The table of one recorded file, None for files that have none."""
+    if is_bench(result):
+        return table_text(path, result)
+    if isinstance(result, dict) and "models" in result:
+        return models_text(path, result)
+    if isinstance(result, dict) and path.stem.startswith("attention"):
+        return attention_text(path, result)
+    return None
+
+
 def readme_text() -> str:
     """The README with its tables as the results say."""
     results = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    tables = [table_text(path, result) for path, result in results.items() if is_bench(result)]
+    tables = [text for path, result in results.items() if (text := section(path, result))]
     text = "\n".join(tables) or "Nothing is recorded yet.\n"
     return PLACE.sub(lambda place: place[1] + text + place[2], README.read_text())
 
