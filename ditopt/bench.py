@@ -8,6 +8,7 @@ withheld when a variant fails the correctness gate.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,12 +172,12 @@ def _sample(
     progress: Progress,
 ) -> None:
     """The interleaved rounds."""
-    order = list(runs)
+    order, shuffle = list(runs), random.Random(0)
     rounds = max(MIN_ROUNDS, len(seeds))
     for number in range(rounds):
         seed = seeds[number % len(seeds)]
         results = {name: runs[name].run(seed) for name in order}
-        order.append(order.pop(0))  # nobody always runs after the same neighbour
+        shuffle.shuffle(order)  # nobody always runs after the same neighbour
         progress("sampling", number + 1, rounds)
         if number >= len(seeds):
             continue  # timed again, but seen already

@@ -7,9 +7,11 @@ PyTorch and the reference kernels.
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -49,7 +51,9 @@ class Compiled:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-_compiled: list[Compiled] = []
+log = logging.getLogger(__name__)
+
+_compiled: deque[Compiled] = deque(maxlen=1024)
 
 
 def compiled_graphs(model: nn.Module) -> list[Compiled]:
@@ -118,7 +122,15 @@ def compile_graph(
     if declined is not None:
         return _fall_back(gm, example_inputs, record, declined, options, backend_name)
 
-    captured = capture(gm, prefix=_prefix(gm, example_inputs, root))
+    try:
+        captured = capture(gm, prefix=_prefix(gm, example_inputs, root))
+    except Exception as error:
+        # Whatever torch cannot make functional (a higher-order operator, a new construct) still
+        # runs, by the backend alone and with a word about what is lost.
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reason = f"capture: {type(error).__name__}: {cause}"
+        log.debug("capture failed", exc_info=True)
+        return _fall_back(gm, example_inputs, record, reason, options, backend_name)
     record.decisions += captured.decisions
     record.pieces = [(piece.kind, piece.path) for piece in captured.pieces]
     record.attention, record.linear = find_sites(captured)

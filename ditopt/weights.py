@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class FusedTensor:
     def __init__(self, slots: Sequence[int], *, release: bool) -> None:
         self._slots = tuple(slots)
         self._release = release
-        self._seen: list[tuple[int, int, int]] | None = None
+        self._seen: list[tuple[weakref.ref[Tensor], int, int]] | None = None
         self._value: Tensor | None = None
         self._released = False
 
@@ -35,10 +36,9 @@ class FusedTensor:
             assert self._value is not None
             return self._value
         parts = [env[slot] for slot in self._slots]
-        seen = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parts]
-        if seen != self._seen or self._value is None:
+        if self._value is None or self._seen is None or not all(map(_unchanged, parts, self._seen)):
             self._make(parts)
-            self._seen = seen
+            self._seen = [(weakref.ref(p), p.data_ptr(), _version(p)) for p in parts]
             if self._release:
                 for part in parts:
                     part.untyped_storage().resize_(0)
@@ -62,3 +62,12 @@ class FusedTensor:
                 self._value.copy_(fresh)
             else:
                 self._value = fresh
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _unchanged(tensor: Tensor, seen: tuple[weakref.ref[Tensor], int, int]) -> bool:
+    reference, address, version = seen
+    return reference() is tensor and tensor.data_ptr() == address and _version(tensor) == version
