@@ -506,12 +506,15 @@ def quality(
     print(f"recorded, compiled: {time.perf_counter() - started:.0f} s", flush=True)
     forced = forced_calls(calls)
     search_weights = (recording.steps / recording.hidden.clamp(min=1e-30)).tolist()
+    relative = (1 / gram.diagonal()).tolist()
     families: dict[str, list[CacheSchedule]] = {
         "planned": search_schedules(gram, weights=search_weights),
         "planned, history 1": search_schedules(gram, weights=search_weights, history=1),
         "planned, unweighted": search_schedules(gram),
-        "planned, forced 0, 1 only": search_schedules(
-            gram, weights=search_weights, forced=forced_calls(calls, last=False)
+        "planned, only call 0 forced": search_schedules(gram, weights=search_weights, forced=[0]),
+        "planned, relative errors": search_schedules(gram, weights=relative),
+        "planned, relative errors, only call 0 forced": search_schedules(
+            gram, weights=relative, forced=[0]
         ),
         "planned, coherent": planned_coherent(
             gram, [w**0.5 for w in search_weights], forced=forced
@@ -524,6 +527,9 @@ def quality(
     if arguments.polish:
         measured = measured_weights(sampled, recording, profile_seeds[:2])
         families["planned, measured weights"] = search_schedules(gram, weights=measured)
+        families["planned, measured weights, only call 0 forced"] = search_schedules(
+            gram, weights=measured, forced=[0]
+        )
         families["planned, measured weights, coherent"] = planned_coherent(
             gram, [w**0.5 for w in measured], forced=forced
         )
@@ -544,6 +550,11 @@ def quality(
         options = dict(baselines(recording, budget))
         for name, family in families.items():
             options[name] = next((s for s in family if len(s.full) == budget), None)
+        for name in ("First-Block Cache", "SmoothCache"):
+            known = options[name]
+            if known is not None:  # what the fitted rows alone are worth
+                rows_only = fit_rows(gram, known.full, history=2)
+                options[f"planned rows at {name}'s calls"] = replace(known, rows=rows_only)
         if arguments.polish:
             starts = [
                 s
@@ -551,7 +562,7 @@ def quality(
                 if s is not None and name.startswith("planned") and "history" not in name
             ]
             options["planned, polished"] = polish(
-                sampled, gram, starts, forced, list(TUNE_SEEDS), arguments.polish
+                sampled, gram, starts, [0], list(TUNE_SEEDS), arguments.polish
             )
         for name, schedule in options.items():
             reason = "cannot skip so much" if schedule is None else refused(schedule)
