@@ -11,7 +11,7 @@ from ditopt.errors import WorkloadError
 from ditopt.files import make_folder
 from ditopt.pictures import Frames, write_comparison
 from ditopt.plan import Goal
-from ditopt.profiling import profile
+from ditopt.profiling import ProfileSpec, profile
 from ditopt.search import plan_from_profile
 from ditopt.workload import load_workload
 
@@ -52,7 +52,8 @@ def run_demo(out: Path, min_psnr_db: float, progress: Progress) -> tuple[BenchRe
     """
     workload = load_workload(demo_workload())
     make_folder(out)
-    profile(workload, out / "profile", progress=progress, source=workload.origin)
+    brief = ProfileSpec(observed_calls=3)  # the demo's model is small and its heads are steady
+    profile(workload, out / "profile", progress=progress, spec=brief, source=workload.origin)
     plan_path, picture = out / "plan.yaml", out / "dense_beside_optimized.png"
     goal = Goal(min_psnr_db=min_psnr_db)
     plan = plan_from_profile(out / "profile", goal, plan_path, progress, workload)

@@ -44,8 +44,8 @@ class LoopSpec:
     audit_seeds: int = 2
     max_tunes: int = 6
     max_audits: int = 3
-    margin_db: float = 0.5
-    slack_db: float = 1.0
+    margin_db: float = 0.3
+    slack_db: float = 1.5
     speed_margin: float = 0.03
 
 

@@ -58,9 +58,12 @@ class Predictor:
         gram = torch.stack([record.gram for record in records]).sum(0)
         hidden = torch.stack([record.hidden_energy for record in records]).sum(0)
         steps = torch.stack([record.step_energy for record in records]).mean(0)
+        residual = gram.diagonal()
         # A forecast that errs by the whole hidden state spoils the whole step.
-        weights = steps / hidden.clamp(min=1e-30)
-        self._cache_scale = float(weights @ gram.diagonal())
+        self._cache_scale = float((steps / hidden.clamp(min=1e-30)) @ residual)
+        # Schedules are ranked by relative error: early calls move the sample little, but what goes
+        # wrong there is carried through all later ones.
+        weights = 1 / residual.clamp(min=1e-12 * float(residual.max()) + 1e-30)
         schedules = search_schedules(gram, weights=weights.tolist())
         # Without residuals (no block stack was found) there is nothing to forecast from.
         self._schedules = schedules if self._cache_scale > 0 else schedules[-1:]

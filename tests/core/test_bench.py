@@ -96,8 +96,9 @@ def test_variants_take_turns_in_changing_order():
     )
     compiled, first, second, third = (order[i : i + 9 : 3] for i in range(0, 36, 9))
     assert compiled == first == list(names)
-    assert second == ["inductor", "ditopt", "eager"]
-    assert third == ["ditopt", "eager", "inductor"]  # two seeds, timed in three rounds
+    rounds = [first, second, third]  # two seeds, timed in three rounds
+    assert all(sorted(order) == sorted(names) for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
     assert seen[:3] == [(name, 1) for name in names]
     assert len(seen) == 6
     assert result.rows[0].seeds == (1, 2)

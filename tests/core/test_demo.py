@@ -26,7 +26,7 @@ def stages(monkeypatch, tmp_path):
     path, seen = tmp_path / "workload.py", {}
     path.write_text(WORKLOAD)
 
-    def profile(workload, out, progress, source):
+    def profile(workload, out, progress, spec, source):
         seen.update(profile=out, source=source)
 
     def plan_from_profile(profile_dir, goal, out, progress, workload):
