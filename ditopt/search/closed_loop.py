@@ -41,7 +41,7 @@ class LoopSpec:
     """
 
     tune_seeds: int = 2
-    audit_seeds: int = 2
+    audit_seeds: int = 3
     max_tunes: int = 6
     max_audits: int = 3
     margin_db: float = 0.3
