@@ -294,7 +294,7 @@ def test_seeds_of_profile_tune_and_audit_are_disjoint(tmp_path: Path) -> None:
     tune = {s for v in plan.verification if v.purpose == "tune" for s in v.seeds}
     audits = [set(v.seeds) for v in plan.verification if v.purpose == "audit"]
     assert tune == {1000, 1001}
-    assert audits == [{2000, 2001}, {2100, 2101}]
+    assert audits == [{2000, 2001, 2002}, {2100, 2101, 2102}]
 
 
 def test_a_failed_audit_widens_the_margin(tmp_path: Path) -> None:
