@@ -11,7 +11,6 @@ import logging
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -53,7 +52,7 @@ class Compiled:
 
 log = logging.getLogger(__name__)
 
-_compiled: deque[Compiled] = deque(maxlen=1024)
+_compiled: list[Compiled] = []
 
 
 def compiled_graphs(model: nn.Module) -> list[Compiled]:
