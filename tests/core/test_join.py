@@ -11,7 +11,7 @@ from ditopt.join import MAX_TOGETHER, MIN_SHARED, Part, join, spans
 
 
 def lengths(keys: str) -> list[int]:
-    found = spans(keys)
+    found = spans(keys, min_shared=4)
     assert [k for span in found for k in span] == list(range(len(keys)))
     return [len(span) for span in found]
 
@@ -34,6 +34,11 @@ def lengths(keys: str) -> list[int]:
 )
 def test_spans(keys: str, expected: list[int]) -> None:
     assert lengths(keys) == expected
+
+
+@pytest.mark.parametrize(("blocks", "programs"), [(12, 1), (13, 6), (30, 12)])
+def test_small_models_stay_whole(blocks: int, programs: int) -> None:
+    assert len(spans("p" + "b" * blocks + "s")) == programs
 
 
 @pytest.mark.parametrize("blocks", range(1, 41))
