@@ -9,9 +9,14 @@ from ditopt.patterns.blocks import block_lists, block_mask, density
 from ditopt.patterns.candidates import candidates
 from ditopt.patterns.kinds import (
     Band,
+    Circle,
     Dense,
+    FrameTile,
+    GridPattern,
     HeadPattern,
     MultiDiagonal,
+    Periodic,
+    Radial,
     Skip,
     Stripe,
     Unit,
@@ -20,9 +25,14 @@ from ditopt.patterns.kinds import (
 
 __all__ = [
     "Band",
+    "Circle",
     "Dense",
+    "FrameTile",
+    "GridPattern",
     "HeadPattern",
     "MultiDiagonal",
+    "Periodic",
+    "Radial",
     "Skip",
     "Stripe",
     "Unit",

@@ -15,10 +15,27 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ditopt.patterns import geometry
 from ditopt.patterns.geometry import Bools, Intervals
-from ditopt.patterns.kinds import Band, Dense, HeadPattern, MultiDiagonal, Skip, Stripe, Window
+from ditopt.patterns.kinds import (
+    Band,
+    Circle,
+    Dense,
+    FrameTile,
+    GridPattern,
+    HeadPattern,
+    MultiDiagonal,
+    Periodic,
+    Radial,
+    Skip,
+    Stripe,
+    Window,
+)
+from ditopt.token_order import permutation
 
 if TYPE_CHECKING:
     from ditopt.layout import TokenLayout
+    from ditopt.token_order import Ints, TokenOrder
+
+_PAIRS = 1 << 24  # pairs of runs that are looked at together: some 100 MB
 
 
 def block_mask(
@@ -28,6 +45,7 @@ def block_mask(
     n_k: int,
     block_q: int,
     block_k: int,
+    order: TokenOrder | None = None,
 ) -> Tensor:
     """The blocks that a pattern keeps, bool [ceil(n_q / block_q), ceil(n_k / block_k)], on the CPU.
 
@@ -38,12 +56,13 @@ def block_mask(
         n_k: key tokens, text included; equal to `n_q` for a pattern with geometry.
         block_q: query tokens of a block; the last block may be partial.
         block_k: key tokens of a block.
+        order: of the grid's tokens in the sequence; None is raster.
 
     Raises:
         ValueError: a pattern with geometry without a layout, or one that the sizes contradict.
     """
     with _real_tensors():
-        return torch.from_numpy(_mask(pattern, layout, n_q, n_k, block_q, block_k).copy())
+        return torch.from_numpy(_mask(pattern, layout, n_q, n_k, block_q, block_k, order).copy())
 
 
 def density(
@@ -53,9 +72,10 @@ def density(
     n_k: int,
     block_q: int,
     block_k: int,
+    order: TokenOrder | None = None,
 ) -> float:
     """Kept fraction of blocks, 0 to 1; arguments as for `block_mask`."""
-    return float(_mask(pattern, layout, n_q, n_k, block_q, block_k).mean())
+    return float(_mask(pattern, layout, n_q, n_k, block_q, block_k, order).mean())
 
 
 def block_lists(
@@ -66,6 +86,7 @@ def block_lists(
     block_q: int,
     block_k: int,
     device: torch.device | str,
+    order: TokenOrder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kept key blocks of each head and query block; one pattern per head.
 
@@ -76,7 +97,8 @@ def block_lists(
         ``kv_num_blocks`` int32 [1, H, QB] and ``kv_indices`` int32 [1, H, QB, KB] with
         KB = ceil(n_k / block_k): ids ascend, entries past the count are 0.
     """
-    return _lists(tuple(patterns), layout, n_q, n_k, block_q, block_k, torch.device(device))
+    where = torch.device(device)
+    return _lists(tuple(patterns), layout, n_q, n_k, block_q, block_k, where, order)
 
 
 @lru_cache(maxsize=512)
@@ -88,8 +110,9 @@ def _lists(
     block_q: int,
     block_k: int,
     device: torch.device,
+    order: TokenOrder | None,
 ) -> tuple[Tensor, Tensor]:
-    masks = np.stack([_mask(p, layout, n_q, n_k, block_q, block_k) for p in patterns])
+    masks = np.stack([_mask(p, layout, n_q, n_k, block_q, block_k, order) for p in patterns])
     counts = masks.sum(axis=-1, dtype=np.int32)
     kept_first = np.argsort(~masks, axis=-1, kind="stable").astype(np.int32)
     used = np.arange(masks.shape[-1]) < counts[..., None]
@@ -119,6 +142,7 @@ def _mask(
     n_k: int,
     block_q: int,
     block_k: int,
+    order: TokenOrder | None,
 ) -> Bools:
     if min(n_q, n_k, block_q, block_k) < 1:
         raise ValueError(f"sizes must be positive, got {n_q=} {n_k=} {block_q=} {block_k=}")
@@ -134,25 +158,30 @@ def _mask(
             f"pattern {pattern.kind!r} needs queries and keys of one sequence, got {n_q} and {n_k}"
         )
     layout = layout.fit(n_q)
-    queries = _GridBlocks.of(layout, n_q, block_q)
-    keys = _GridBlocks.of(layout, n_k, block_k)
+    queries = _GridBlocks.of(layout, n_q, block_q, order)
+    keys = _GridBlocks.of(layout, n_k, block_k, order)
     mask = np.zeros(shape, dtype=np.bool_)
-    mask[queries.has_grid[:, None] & keys.has_grid[None, :]] = _grid_mask(
-        pattern, layout, queries.intervals, keys.intervals
+    mask[queries.has_grid[:, None] & keys.has_grid[None, :]] = _kept(
+        pattern, layout, queries, keys
     ).ravel()
     return mask | queries.has_text[:, None] | keys.has_text[None, :]
 
 
 @dataclass(frozen=True)
 class _GridBlocks:
-    """The blocks of a sequence: which hold text, which hold grid tokens, and which tokens."""
+    """The blocks of a sequence: which hold text, which hold grid tokens, and which tokens.
+
+    `runs` are stretches of the raster, several per block in another order; `starts` is the first
+    run of each block that holds grid tokens.
+    """
 
     has_text: Bools
     has_grid: Bools
-    intervals: Intervals
+    runs: Intervals
+    starts: Ints
 
     @classmethod
-    def of(cls, layout: TokenLayout, n: int, block: int) -> _GridBlocks:
+    def of(cls, layout: TokenLayout, n: int, block: int, order: TokenOrder | None) -> _GridBlocks:
         start = np.arange(0, n, block, dtype=np.int64)
         stop = np.minimum(start + block, n)
         grid_stop = layout.text_before + layout.tokens
@@ -160,11 +189,44 @@ class _GridBlocks:
         last = np.minimum(stop, grid_stop) - 1 - layout.text_before
         has_grid = first <= last
         has_text = (start < layout.text_before) | (stop > grid_stop)
-        return cls(has_text, has_grid, Intervals(first[has_grid], last[has_grid]))
+        first, last = first[has_grid], last[has_grid]
+        if order is None:
+            starts = np.arange(len(first), dtype=np.int64)
+            return cls(has_text, has_grid, Intervals(first, last), starts)
+        return cls(has_text, has_grid, *_runs(permutation(order, layout), first, last))
+
+
+def _runs(order: Ints, first: Ints, last: Ints) -> tuple[Intervals, Ints]:
+    """The stretches of the raster in each block ``order[first .. last]``; each block's first."""
+    block = np.repeat(np.arange(len(first)), last - first + 1)
+    tokens = order[np.lexsort((order, block))]
+    begins = np.ones(len(tokens), dtype=np.bool_)
+    begins[1:] = (np.diff(tokens) != 1) | (np.diff(block) != 0)
+    at = np.flatnonzero(begins)
+    ends = np.append(at[1:], len(tokens)) - 1
+    return Intervals(tokens[at], tokens[ends]), np.searchsorted(block[at], np.arange(len(first)))
+
+
+def _kept(
+    pattern: GridPattern, layout: TokenLayout, queries: _GridBlocks, keys: _GridBlocks
+) -> Bools:
+    """Blocks with grid tokens that hold a kept pair, a few query blocks at a time."""
+    ends = np.append(queries.starts[1:], len(queries.runs.first))
+    most = int((ends - queries.starts).max(initial=1)) * len(keys.runs.first)
+    step = max(1, _PAIRS // max(1, most))
+    parts = [np.zeros((0, len(keys.starts)), dtype=np.bool_)]
+    for block in range(0, len(ends), step):
+        low, high = queries.starts[block], ends[min(block + step, len(ends)) - 1]
+        runs = Intervals(queries.runs.first[low:high], queries.runs.last[low:high])
+        pairs = _grid_mask(pattern, layout, runs, keys.runs)
+        parts.append(
+            geometry.any_of(pairs, queries.starts[block : block + step] - low, keys.starts)
+        )
+    return np.concatenate(parts)
 
 
 def _grid_mask(
-    pattern: Band | MultiDiagonal | Stripe | Window,
+    pattern: GridPattern,
     layout: TokenLayout,
     queries: Intervals,
     keys: Intervals,
@@ -178,4 +240,12 @@ def _grid_mask(
             return geometry.stripe(pattern, layout, queries, keys)
         case Window():
             return geometry.window(pattern, layout, queries, keys)
+        case Circle():
+            return geometry.circle(pattern, layout, queries, keys)
+        case FrameTile():
+            return geometry.frame_tile(pattern, layout, queries, keys)
+        case Radial():
+            return geometry.radial(pattern, layout, queries, keys)
+        case Periodic():
+            return geometry.periodic(pattern, layout, queries, keys)
     assert_never(pattern)

@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ditopt.patterns.blocks import block_mask, density
-from ditopt.patterns.kinds import Band, Dense, HeadPattern, MultiDiagonal, Skip, Stripe, Window
+from ditopt.patterns.kinds import (
+    Band,
+    Circle,
+    Dense,
+    FrameTile,
+    HeadPattern,
+    MultiDiagonal,
+    Radial,
+    Skip,
+    Stripe,
+    Window,
+)
 
 if TYPE_CHECKING:
     from ditopt.layout import TokenLayout
@@ -75,6 +86,9 @@ def _video_proposals(layout: TokenLayout) -> Iterator[HeadPattern]:
     yield MultiDiagonal(period="frame", width=0)
     for every, reach in ((2, 0), (4, 1), (4, 0), (frames, 1), (frames, 0)):
         yield Stripe(unit="frame", every=every, reach=reach)
+    yield FrameTile(references=max(1, frames // 4))
+    for decay in (1.0, 0.25):
+        yield Radial(decay=decay)
 
 
 def _image_proposals(layout: TokenLayout) -> Iterator[HeadPattern]:
@@ -82,6 +96,8 @@ def _image_proposals(layout: TokenLayout) -> Iterator[HeadPattern]:
     for share in (2, 4, 8):
         yield Window(frames=1, rows=_part(rows, share), cols=cols)
         yield Window(frames=1, rows=_part(rows, share), cols=_part(cols, share))
+    for share in (4, 8):
+        yield Circle(radius=max(1, min(rows, cols) // share))
     for share in (4, 8, 16):
         yield MultiDiagonal(period="row", width=max(1, cols // (2 * share)))
     for every in (2, 4, 8):

@@ -15,6 +15,7 @@ Unit = Literal["frame", "row"]
 
 _Count = Annotated[int, Field(ge=1, le=1 << 31)]
 _Distance = Annotated[int, Field(ge=0, le=1 << 31)]
+_Factor = Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)]
 
 
 class _Pattern(BaseModel):
@@ -92,7 +93,71 @@ class Window(_Pattern):
     cols: _Count
 
 
-HeadPattern = Annotated[
-    Dense | Skip | Band | MultiDiagonal | Stripe | Window, Field(discriminator="kind")
-]
+class Circle(_Pattern):
+    """A disk around each query on the image grid, cut at the edges (CLEAR, 2412.16112).
+
+    Keeps ``rows apart ** 2 + columns apart ** 2 < radius ** 2``, in tokens.
+
+    Attributes:
+        radius: of the disk, in tokens; strict, so 1 keeps the query's own place alone.
+        frames: window size in frames, moved inwards at the ends as for `Window`.
+    """
+
+    kind: Literal["circle"] = "circle"
+    radius: _Count
+    frames: _Count = 1
+
+
+class FrameTile(_Pattern):
+    """Own frame and some reference frames: Efficient-vDiT's mask ``k:m-k`` (2502.06155).
+
+    Linear in the number of frames m, where `Stripe` with a fixed distance is not.
+
+    Attributes:
+        references: k, frames that every query sees, spread evenly: ``floor(i * m / k)``.
+    """
+
+    kind: Literal["frame_tile"] = "frame_tile"
+    references: _Count
+
+
+class Radial(_Pattern):
+    """Bands that halve whenever the distance in time doubles: O(n log n) (2506.19852).
+
+    At d frames apart, with s tokens per frame and ``w = decay * s / 2 ** floor(log2 d)``: the whole
+    frame for d of 0 and 1; ``|place(q) - place(k)| + 1 <= w`` while w >= 1; beyond that the same
+    place only, in frames whose d is a multiple of ``ceil(1 / w)``. The first frame is always kept.
+
+    Attributes:
+        decay: factor on the width of every band.
+    """
+
+    kind: Literal["radial"] = "radial"
+    decay: _Factor = 1.0
+
+
+class Periodic(_Pattern):
+    """The six-parameter stripe: window, diagonals, stripes and all in between (PSA, 2609.37001).
+
+    Keeps ``|dt - frame_offset| mod frame_period < frame_width`` and the same of rows, where dt
+    is the distance in frames and dr that in rows inside the frame; PSA counts both in tiles.
+
+    Attributes:
+        frame_width, frame_offset, frame_period: Tw, To, Ts of the paper, in frames.
+        row_width, row_offset, row_period: Sw, So, Ss, in rows.
+    """
+
+    kind: Literal["periodic"] = "periodic"
+    frame_width: _Count
+    frame_offset: _Distance
+    frame_period: _Count
+    row_width: _Count
+    row_offset: _Distance
+    row_period: _Count
+
+
+GridPattern = Band | MultiDiagonal | Stripe | Window | Circle | FrameTile | Radial | Periodic
+"""The patterns that need a token grid."""
+
+HeadPattern = Annotated[Dense | Skip | GridPattern, Field(discriminator="kind")]
 """What one attention head keeps; discriminated by `kind`, frozen and hashable."""

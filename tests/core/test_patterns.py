@@ -1,5 +1,7 @@
 """Block masks against a token-level oracle that evaluates each definition pair by pair."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,16 +13,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ditopt.layout import TokenLayout
 from ditopt.patterns import (
     Band,
+    Circle,
     Dense,
+    FrameTile,
     HeadPattern,
     MultiDiagonal,
+    Periodic,
+    Radial,
     Skip,
     Stripe,
     Window,
     block_lists,
     block_mask,
+    blocks,
     candidates,
     density,
+)
+from ditopt.token_order import (
+    Hilbert,
+    Morton,
+    Raster,
+    Tile,
+    TokenMajor,
+    TokenOrder,
+    sequence_permutation,
 )
 
 
@@ -58,7 +74,43 @@ def token_mask(pattern: HeadPattern, layout: TokenLayout) -> np.ndarray:
                 size = min(size, length)
                 start = np.minimum(np.maximum(x - size // 2, 0), length - size)[:, None]
                 kept &= (start <= x[None, :]) & (x[None, :] < start + size)
+        case Circle():
+            down = row[:, None] - row[None, :]
+            right = (position % layout.width)[:, None] - (position % layout.width)[None, :]
+            size = min(pattern.frames, layout.frames)
+            start = np.minimum(np.maximum(frame - size // 2, 0), layout.frames - size)[:, None]
+            kept = down**2 + right**2 < pattern.radius**2
+            kept &= (start <= frame[None, :]) & (frame[None, :] < start + size)
+        case FrameTile():
+            count = min(pattern.references, layout.frames)
+            references = [i * layout.frames // count for i in range(count)]
+            kept = (frame[:, None] == frame[None, :]) | np.isin(frame, references)[None, :]
+        case Periodic():
+            dt = abs(abs(frame[:, None] - frame[None, :]) - pattern.frame_offset)
+            dr = abs(abs(row[:, None] - row[None, :]) - pattern.row_offset)
+            kept = (dt % pattern.frame_period <= pattern.frame_width - 1) & (
+                dr % pattern.row_period <= pattern.row_width - 1
+            )
+        case Radial():
+            kept = radial_mask(pattern, layout, position)
     return kept | is_text[:, None] | is_text[None, :]
+
+
+def radial_mask(pattern: Radial, layout: TokenLayout, position: np.ndarray) -> np.ndarray:
+    """Pair by pair, in Python's integers."""
+    size = layout.height * layout.width
+    kept = np.zeros((len(position), len(position)), dtype=bool)
+    for a, q in enumerate(position.tolist()):
+        for b, k in enumerate(position.tolist()):
+            apart = abs(q // size - k // size)
+            width = pattern.decay * size / 2 ** (max(apart, 1).bit_length() - 1)
+            away = abs(q % size - k % size)
+            if width >= 1:
+                near = away + 1 <= width
+            else:
+                near = away == 0 and apart % math.ceil(1 / width) == 0
+            kept[a, b] = near or apart <= 1 or k // size == 0
+    return kept
 
 
 def rounded_up(mask: np.ndarray, block_q: int, block_k: int) -> np.ndarray:
@@ -78,10 +130,21 @@ patterns = st.one_of(
     st.builds(MultiDiagonal, period=units, width=st.integers(0, 12)),
     st.builds(Stripe, unit=units, every=st.integers(1, 8), reach=st.integers(0, 3)),
     st.builds(Window, frames=sizes, rows=sizes, cols=sizes),
+    st.builds(Circle, radius=sizes, frames=sizes),
+    st.builds(FrameTile, references=sizes),
+    st.builds(
+        Periodic,
+        frame_width=sizes, frame_offset=st.integers(0, 5), frame_period=sizes,
+        row_width=sizes, row_offset=st.integers(0, 5), row_period=sizes,
+    ),
+    st.builds(Radial, decay=st.sampled_from([0.02, 0.1, 0.3, 1.0, 2.5])),
+)  # fmt: skip
+orders = st.sampled_from(
+    [Raster(), TokenMajor(), Tile(frames=2, rows=3, cols=2), Morton(), Hilbert(across_frames=False)]
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(patterns, layouts, st.integers(1, 40), st.integers(1, 40))
 def test_masks_are_the_token_sets_rounded_up(
     pattern: HeadPattern, layout: TokenLayout, block_q: int, block_k: int
@@ -92,6 +155,36 @@ def test_masks_are_the_token_sets_rounded_up(
     assert actual.dtype == torch.bool
     np.testing.assert_array_equal(actual.numpy(), expected)
     assert density(pattern, layout, n, n, block_q, block_k) == pytest.approx(expected.mean())
+
+
+@settings(max_examples=100, deadline=None)
+@given(patterns, layouts, orders, st.integers(1, 40), st.integers(1, 40))
+def test_masks_in_another_order_are_the_permuted_token_sets(
+    pattern: HeadPattern, layout: TokenLayout, order: TokenOrder, block_q: int, block_k: int
+) -> None:
+    n = layout.total
+    moved = sequence_permutation(order, layout)
+    expected = rounded_up(token_mask(pattern, layout)[np.ix_(moved, moved)], block_q, block_k)
+    actual = block_mask(pattern, layout, n, n, block_q, block_k, order)
+    np.testing.assert_array_equal(actual.numpy(), expected)
+
+
+def test_masks_of_few_query_blocks_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = TokenLayout(4, 6, 6, text_before=3)
+    arguments = (Window(frames=3, rows=3, cols=3), layout, 147, 147, 8, 8, Morton())
+    whole = block_mask(*arguments)
+    blocks._mask.cache_clear()
+    monkeypatch.setattr(blocks, "_PAIRS", 1)
+    assert torch.equal(block_mask(*arguments), whole)
+
+
+def test_a_radial_mask_grows_like_n_log_n() -> None:
+    kept = []
+    for frames in (16, 64):
+        layout = TokenLayout(frames, 4, 4)
+        mask = block_mask(Radial(), layout, layout.tokens, layout.tokens, 1, 1)
+        kept.append(float(mask.sum()) / layout.tokens)
+    assert kept[1] / kept[0] < 6 / 4 * 1.1  # log2(64) / log2(16); quadratic would be 4
 
 
 def test_a_window_at_the_edge_keeps_its_size() -> None:
