@@ -73,16 +73,16 @@ class BoundPiece:
     """A part of the model with its program.
 
     Attributes:
-        call: the program; its arguments are `env[i]` for each of `inputs`, then the extras.
+        call: the program; its arguments are `env[i]` for each of `inputs`.
         inputs, outputs: slots of the environment.
-        extras: each makes one further argument from the environment.
+        extras: slot, among the last of `inputs`, and what fills it from the call's arguments.
         free: slots that nothing reads after this part.
         kernels: number of block-sparse attentions in it.
     """
 
     call: Lowered
     inputs: tuple[int, ...]
-    extras: tuple[Extra, ...]
+    extras: tuple[tuple[int, Extra], ...]
     outputs: tuple[int, ...]
     free: tuple[int, ...]
     kernels: int
@@ -117,6 +117,7 @@ class ProgramBuilder:
         self._told: set[tuple[str, str, str]] = set()
         self._rewritten: dict[Hashable, Rewritten] = {}
         self._weights: dict[tuple[int, tuple[int, ...]], FusedTensor] = {}
+        self._extra_slots: dict[Extra, int] = {}  # they follow the slots of the captured model
 
     def build(self, phases: Sequence[Phase], stack: Stack | None, roles: InputRoles) -> Programs:
         """Programs with one version of the block stack for each phase."""
@@ -146,17 +147,21 @@ class ProgramBuilder:
             part = join([parts[k] for k in span], later)
             if part.key not in self.programs:
                 self.programs[part.key] = self.backend.lower(part.gm, self.options.inductor)
+            extras = tuple((self._slot_of(extra), extra) for extra in part.extras)
             bound.append(
                 BoundPiece(
                     self.programs[part.key],
-                    part.inputs,
-                    part.extras,
+                    (*part.inputs, *(slot for slot, _ in extras)),
+                    extras,
                     part.outputs,
                     self._dead(part, later),
                     part.kernels,
                 )
             )
         return bound
+
+    def _slot_of(self, extra: Extra) -> int:
+        return self._extra_slots.setdefault(extra, self.captured.slots + len(self._extra_slots))
 
     def _dead(self, part: Part, later: AbstractSet[int]) -> tuple[int, ...]:
         """Intermediate slots whose last reader is this part: freeing them returns memory."""
@@ -282,9 +287,7 @@ class ProgramBuilder:
 
 def _run(pieces: Sequence[BoundPiece], env: list[Any]) -> None:
     for piece in pieces:
-        results = piece.call(
-            *[env[i] for i in piece.inputs], *[extra(env) for extra in piece.extras]
-        )
+        results = piece.call(*[env[i] for i in piece.inputs])
         for slot, value in zip(piece.outputs, results, strict=True):
             env[slot] = value
         for slot in piece.free:
@@ -317,12 +320,14 @@ def _assemble(
     stack: Stack | None,
     roles: InputRoles,
 ) -> Programs:
-    """Close over the environment: inputs, constants, then a slot for each value between pieces.
+    """Close over the environment.
 
+    Its slots: inputs, constants, then one for each value between pieces, then the extras.
     `by_phase` holds what runs before, in and after the block stack.
     """
     constants = list(captured.constants)
-    spare = [None] * (captured.slots - len(captured.inputs))
+    given = len(captured.inputs)
+    spare = [None] * (captured.slots - given)
     stack_outputs = stack.outputs if stack is not None else ()
     bases = stack.bases if stack is not None else ()
     sizes = stack.sizes if stack is not None else ()
@@ -332,15 +337,25 @@ def _assemble(
     bodies = [stretch for _, stretch, _ in by_phase]
     returned = captured.outputs
     strides: Strides = {}
+    around = _extras([*before, *after])
+    needed = [around | _extras(body) for body in bodies]
+    unfilled = [None] * (max((slot for extras in needed for slot in extras), default=-1) + 1)
+    unfilled = unfilled[captured.slots :]
 
-    def head(inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        env = [*inputs, *constants, *spare]
+    def bind(inputs: Sequence[Any], phase: int | None) -> list[Any]:
+        env = [*inputs, *constants, *spare, *unfilled]
+        for slot, extra in (around if phase is None else needed[phase]).items():
+            env[slot] = extra(env)
+        return env[:given] + env[captured.slots :]
+
+    def head(bound: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        env = [*bound[:given], *spare, *bound[given:]]
         _run(before, env)
         for slot, size in zip(sizes, measure(env), strict=True):
             env[slot] = size
         return [env[slot] for slot in carried], env
 
-    def body(inputs: Sequence[Any], carry: Sequence[Any], env: list[Any], phase: int) -> list[Any]:
+    def body(bound: Sequence[Any], carry: Sequence[Any], env: list[Any], phase: int) -> list[Any]:
         _run(bodies[phase], env)
         outputs = [env[slot] for slot in stack_outputs]
         for k, value in enumerate(outputs):
@@ -348,11 +363,15 @@ def _assemble(
                 strides[k, value.shape] = value.stride()
         return outputs
 
-    def tail(inputs: Sequence[Any], outputs: Sequence[Any], env: list[Any]) -> tuple[Any, ...]:
+    def tail(bound: Sequence[Any], outputs: Sequence[Any], env: list[Any]) -> tuple[Any, ...]:
         for k, (slot, value) in enumerate(zip(stack_outputs, outputs, strict=True)):
             env[slot] = _with_strides(k, value, strides)
         _run(after, env)
         return tuple(env[item] if isinstance(item, int) else item[1] for item in returned)
 
     base = tuple(None if slot is None else carried.index(slot) for slot in bases)
-    return Programs(head, body, tail, base, roles)
+    return Programs(head, body, tail, base, roles, bind)
+
+
+def _extras(pieces: Sequence[BoundPiece]) -> dict[int, Extra]:
+    return {slot: extra for piece in pieces for slot, extra in piece.extras}

@@ -39,18 +39,26 @@ class Forecast(Protocol):
         """`base + sum_j coefficients[j] * residuals[j]`."""
 
 
+def _as_they_are(inputs: Sequence[Any], phase: int | None) -> Sequence[Any]:
+    return inputs
+
+
 @dataclass(frozen=True)
 class Programs:
     """A lowered model: three programs around its block stack.
 
     Attributes:
-        head: inputs -> (carry, rest): what enters the block stack, and anything the others need.
-        body: (inputs, carry, rest, phase) -> outputs: the block stack, with the choices of a phase.
+        head: bound -> (carry, rest): what enters the block stack, and anything the others need.
+        body: (bound, carry, rest, phase) -> outputs: the block stack, with the choices of a phase.
             It must not write into `carry`.
-        tail: (inputs, outputs, rest) -> the model's result. It may write into `outputs`.
+        tail: (bound, outputs, rest) -> the model's result. It may write into `outputs`.
         base: for each output of the body the index of the carried tensor, of the same shape and
             dtype, that the body adds to; None where there is none.
         roles: what the inputs mean to a sampling run.
+        bind: (inputs, phase) -> bound: everything that the three read, the inputs first, then
+            what the host keeps from call to call (derived weights, block lists) for a call of that
+            phase, or for a skip call where the phase is None. All that depends on the host's state
+            happens here: the others do the same work for the same shapes.
     """
 
     head: Callable[[Sequence[Any]], tuple[Tensors, Any]]
@@ -58,6 +66,7 @@ class Programs:
     tail: Callable[[Sequence[Any], Tensors, Any], Any]
     base: tuple[int | None, ...]
     roles: InputRoles = field(default_factory=InputRoles)
+    bind: Callable[[Sequence[Any], int | None], Sequence[Any]] = _as_they_are
 
 
 class StepRuntime:
@@ -109,8 +118,9 @@ class StepRuntime:
 
     def _run_plain(self, inputs: Sequence[Any]) -> Any:
         programs = self.programs
-        carry, rest = programs.head(inputs)
-        result = programs.tail(inputs, programs.body(inputs, carry, rest, 0), rest)
+        bound = programs.bind(inputs, 0)
+        carry, rest = programs.head(bound)
+        result = programs.tail(bound, programs.body(bound, carry, rest, 0), rest)
         self.artifact.counters.ran(skipped=False)
         return result
 
@@ -119,14 +129,15 @@ class StepRuntime:
         step = tracker.locate(inputs, programs.roles, self._probed, self._scope)
         stored: tuple[Tensor, ...] | None = None
         try:
-            carry, rest = programs.head(inputs)
             history, doubt = self._history(step)
+            bound = programs.bind(inputs, None if history else step.phase)
+            carry, rest = programs.head(bound)
             outputs: Tensors
             if history and step.call is not None:
                 outputs = self._forecast_outputs(step.call, carry, history)
             else:
-                outputs, stored = self._full_outputs(step, inputs, carry, rest)
-            result = programs.tail(inputs, outputs, rest)
+                outputs, stored = self._full_outputs(step, bound, carry, rest)
+            result = programs.tail(bound, outputs, rest)
         except BaseException:
             tracker.abandon(step)
             raise

@@ -101,10 +101,11 @@ class Built:
 
     def run(self, programs: Programs, phase: int = 0) -> Tensor:
         with torch.no_grad():
-            carry, rest = programs.head(self.inputs)
-            outputs = programs.body(self.inputs, carry, rest, phase)
+            bound = programs.bind(self.inputs, phase)
+            carry, rest = programs.head(bound)
+            outputs = programs.body(bound, carry, rest, phase)
             self.env = rest
-            (out,) = programs.tail(self.inputs, outputs, rest)
+            (out,) = programs.tail(bound, outputs, rest)
         return out
 
     def choice(self, *patterns: Any) -> HeadChoice:
@@ -141,8 +142,9 @@ def test_a_block_stack_is_never_joined_with_its_surroundings() -> None:
     programs = built.build(cached=True)
     torch.testing.assert_close(built.run(programs), dense(built))
     with torch.no_grad():
-        carry, rest = programs.head(built.inputs)
-        (residual,) = programs.body(built.inputs, carry, rest, 0)
+        bound = programs.bind(built.inputs, 0)
+        carry, rest = programs.head(bound)
+        (residual,) = programs.body(bound, carry, rest, 0)
     x = built.model.embed(X)
     torch.testing.assert_close(carry[0], x)
     for block in built.model.blocks:
