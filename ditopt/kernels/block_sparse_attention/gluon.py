@@ -255,10 +255,17 @@ def _barriers(slots: gl.constexpr, count: gl.constexpr):
     return bars
 
 
-@gluon.jit
+_RUN_TIME = [
+    *("counts_ptr", "ids_ptr", "scratch_ptr", "lse_ptr"),
+    *("stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_iq"),
+    *("heads", "tiles_per_head", "tiles", "width", "programs", "n_q", "n_k", "qk_scale"),
+]
+
+
+@gluon.jit(do_not_specialize=_RUN_TIME)
 def _forward(
     q_desc, q2_desc, k_desc, k2_desc, v_desc, v2_desc, o_desc, o2_desc,
-    counts_ptr, ids_ptr, order_ptr, counter_ptr, lse_ptr,
+    counts_ptr, ids_ptr, scratch_ptr, lse_ptr,
     stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
     heads, tiles_per_head, tiles, width, programs, n_q, n_k, qk_scale,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -285,7 +292,7 @@ def _forward(
         _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS), _barriers(2, 1),
     )  # fmt: skip
     work = (
-        counts_ptr, ids_ptr, order_ptr, counter_ptr,
+        counts_ptr, ids_ptr, scratch_ptr + 1, scratch_ptr,
         stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
         heads, tiles_per_head, tiles, width, programs,
     )  # fmt: skip

@@ -8,12 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import gluon
 from .configs import hopper_config
+from .launch import Box, Launcher
 from .ops import empty_output
-from .triton import aligned, order_heads
+from .order import order_heads
+from .triton import aligned
 
 
 def split_head_size(d: int) -> tuple[int, int]:
@@ -50,17 +51,25 @@ def reason_to_decline(q: Tensor, block_q: int, block_k: int) -> str | None:
     return None
 
 
+def _dense_rows(lists: Tensor) -> Tensor:
+    """Lists whose last axis lies densely, as the kernel reads it."""
+    return lists if lists.stride(-1) == 1 else lists.contiguous()
+
+
 @lru_cache
 def _layout(columns: int) -> NVMMASharedLayout:
     return NVMMASharedLayout(min(128, 2 * columns), element_bitwidth=16, rank=4)
 
 
-def _descriptors(x: Tensor, rows: int, tiles: tuple[int, int]) -> list[TensorDescriptor]:
+def _boxes(x: Tensor, rows: int, tiles: tuple[int, int]) -> tuple[Box, Box]:
     """Boxes of ``rows`` tokens by each channel tile; the second repeats the first where unused."""
-    return [
-        TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, columns], _layout(columns))
-        for columns in (tiles[0], tiles[1] or tiles[0])
-    ]
+    first = Box(x, x.shape, x.stride(), [1, 1, rows, tiles[0]], _layout(tiles[0]))
+    if not tiles[1]:
+        return first, first
+    return first, first._replace(block_shape=[1, 1, rows, tiles[1]], layout=_layout(tiles[1]))
+
+
+_launch = Launcher(gluon._forward)
 
 
 def forward(
@@ -80,9 +89,9 @@ def forward(
     q, k, v = aligned(q), aligned(k), aligned(v)
     out = empty_output(q, v)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32) if return_lse else None
-    counts = kv_num_blocks.expand(batch, heads, -1)
-    ids = kv_indices.expand(batch, heads, -1, -1)
-    order, counter = order_heads(counts)
+    counts = _dense_rows(kv_num_blocks).expand(batch, heads, -1)
+    ids = _dense_rows(kv_indices).expand(batch, heads, -1, -1)
+    scratch = order_heads(counts)
     name, processors, _ = _device(q.get_device())
     tiles = split_head_size(d)
     consumers = 1 if block_q == 64 else 2
@@ -90,15 +99,17 @@ def forward(
     tiles_per_head = math.ceil(n_q / (64 * consumers))
     programs = min(processors * config.programs_per_processor, tiles_per_head * batch * heads)
     limit = {"maxnreg": config.max_registers} if config.max_registers else {}
-    gluon._forward[(programs,)](
-        *_descriptors(q, 64, tiles), *_descriptors(k, block_k, tiles),
-        *_descriptors(v, block_k, tiles), *_descriptors(out, 64, tiles),
-        counts, ids, order, counter, lse if lse is not None else counter,
-        counts.stride(0), counts.stride(1), ids.stride(0), ids.stride(1), ids.stride(2),
+    constants = (
+        *(consumers, block_q // (64 * consumers), block_k, *tiles),
+        *(config.stages, config.q_stages, config.pingpong, return_lse),
+    )
+    arguments = (
+        *_boxes(q, 64, tiles), *_boxes(k, block_k, tiles),
+        *_boxes(v, block_k, tiles), *_boxes(out, 64, tiles),
+        counts, ids, scratch, scratch if lse is None else lse,
+        *counts.stride()[:2], *ids.stride()[:3],
         heads, tiles_per_head, tiles_per_head * batch * heads, ids.shape[-1], programs,
-        n_q, k.shape[2], scale * math.log2(math.e),
-        CONSUMERS=consumers, TILES_PER_ROW=block_q // (64 * consumers), BLOCK_N=block_k,
-        D1=tiles[0], D2=tiles[1], STAGES=config.stages, Q_STAGES=config.q_stages,
-        PINGPONG=config.pingpong, HAS_LSE=return_lse, num_warps=4, **limit,
+        n_q, k.shape[2], scale * math.log2(math.e), *constants,
     )  # fmt: skip
+    _launch((q.device.index, q.dtype, constants), programs, arguments, num_warps=4, **limit)
     return out, lse

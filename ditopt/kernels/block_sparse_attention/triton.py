@@ -20,6 +20,7 @@ Cost: 4 D FLOPs per kept (query, key) pair; K and V are read once per list entry
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,60 +30,71 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .configs import PlainConfig, plain_config
+from .lists import Partial, Pooled
 from .ops import empty_output
-
-
-@triton.jit
-def _load_rows(ptr, offs, stride, n, cols, D: tl.constexpr, GUARD_COLS: tl.constexpr):
-    """Rows ``offs`` of a [n, D] matrix; columns ``cols``; zeros outside."""
-    mask = ((offs >= 0) & (offs < n))[:, None]
-    if GUARD_COLS:
-        mask = mask & (cols < D)[None, :]
-    return tl.load(ptr + offs[:, None].to(tl.int64) * stride + cols[None, :], mask=mask, other=0.0)
+from .ops_lse import structured
+from .triton_tiles import (
+    accumulate,
+    aligned,
+    eighths,
+    entry_tokens,
+    existing,
+    inner,
+    list_arguments,
+    load_tile,
+    split_head_size,
+    store_tile,
+    strides,
+    test_bits,
+)
 
 
 @triton.jit
 def _step(
-    acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
-    MASK: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    IEEE: tl.constexpr,
+    acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside, seen, bias,
+    qk_scale,
+    MASK: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """One key tile of the online softmax; scores live in log2 units."""
-    offs_n = start + tl.arange(0, BLOCK_N)
-    cols1 = tl.arange(0, D1)
-    k1 = _load_rows(k_ptr, offs_n, stride_kn, n_k, cols1, D, False)
-    s = tl.dot(q1, tl.trans(k1), input_precision="ieee" if IEEE else "tf32")
-    if D2 > 0:
-        cols2 = D1 + tl.arange(0, D2)
-        k2 = _load_rows(k_ptr, offs_n, stride_kn, n_k, cols2, D, D1 + D2 > D)
-        s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee" if IEEE else "tf32")
+    """One key tile of the online softmax, in log2 units; ``seen`` and ``bias`` count under MASK."""
+    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
+    s = inner(q1, q2, k1, k2, D2, IEEE)
     if MASK:
-        s = tl.where(((offs_n >= 0) & (offs_n < n_k))[None, :], s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASK else m_new
-    p = tl.math.exp2(s * qk_scale - shift[:, None])
+        s = tl.where(seen, s * qk_scale + bias, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.math.exp2(s - shift[:, None])
+    else:
+        m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+        shift = m_new
+        p = tl.math.exp2(s * qk_scale - shift[:, None])
     alpha = tl.math.exp2(m - shift)
     norm = norm * alpha + tl.sum(p, 1)
-    v1 = _load_rows(v_ptr, offs_n, stride_vn, n_k, cols1, D, False)
-    p = p.to(v1.dtype)
-    acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision="ieee" if IEEE else "tf32")
+    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2)
+    acc1 = acc1 * alpha[:, None]
     if D2 > 0:
-        v2 = _load_rows(v_ptr, offs_n, stride_vn, n_k, D1 + tl.arange(0, D2), D, D1 + D2 > D)
-        acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision="ieee" if IEEE else "tf32")
+        acc2 = acc2 * alpha[:, None]
+    acc1, acc2 = accumulate(acc1, acc2, p.to(v1.dtype), v1, v2, D2, IEEE)
     return acc1, acc2, m_new, norm
 
 
 @triton.jit
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, counts_ptr, ids_ptr, order_ptr,
+    some_counts_ptr, some_ids_ptr, mask_ids_ptr, masks_ptr, lengths_ptr, bias_ptr,
+    pooled_k_ptr, pooled_v_ptr, pooled_bias_ptr, bits_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    stride_vb, stride_vh, stride_vn, stride_pkb, stride_pkh, stride_pkn,
+    stride_pvb, stride_pvh, stride_pvn, stride_ob, stride_oh, stride_om,
     stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
-    heads, n_q, n_k, width, qk_scale,
+    stride_scb, stride_sch, stride_sib, stride_sih, stride_siq,
+    stride_bb, stride_bh, stride_pbb, stride_pbh, stride_wb, stride_wh, stride_wq,
+    heads, n_q, n_k, n_pooled, width, some_width, masks, qk_scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_LSE: tl.constexpr,
-    HAS_ORDER: tl.constexpr, IEEE: tl.constexpr,
+    HAS_ORDER: tl.constexpr, HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
     pid_m = tl.program_id(0)
     pid_bh = tl.program_id(1)
     qk_scale = tl.full([], qk_scale, tl.float32)  # Inductor passes Python's floats as float64
@@ -92,64 +104,108 @@ def _forward(
     h = (pid_bh % heads).to(tl.int64)
     row = pid_m // (BLOCK_Q // BLOCK_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    # NOTE: strides of q, k and v come in units of 8 elements, so that the compiler knows that rows
+    in_q = offs_m < n_q
+    # NOTE: strides of q, k and v (and of what is pooled) come in units of 8 elements, so that the compiler knows that rows
     # start at multiples of 16 bytes. Where it did not, D = 72 mixed pipelined with plain loads in
     # one loop, and the program (triton 3.6.0) ended in an illegal memory access.
     q_ptr += b * (stride_qb * 8) + h * (stride_qh * 8)
     k_ptr += b * (stride_kb * 8) + h * (stride_kh * 8)
     v_ptr += b * (stride_vb * 8) + h * (stride_vh * 8)
-    stride_qm = stride_qm * 8
     stride_kn = stride_kn * 8
     stride_vn = stride_vn * 8
     out_ptr += b * stride_ob + h * stride_oh
     ids_ptr += b * stride_ib + h * stride_ih + row.to(tl.int64) * stride_iq
     count = tl.load(counts_ptr + b * stride_cb + h * stride_ch + row)
     count = tl.minimum(tl.maximum(count, 0), width)
+    if HAS_BIAS:
+        bias_ptr += b * stride_bb + h * stride_bh
 
-    cols1 = tl.arange(0, D1)
-    q1 = _load_rows(q_ptr, offs_m, stride_qm, n_q, cols1, D, False)
+    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm * 8, D, D1, D2)
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    acc2 = acc1
     if D2 > 0:
-        cols2 = D1 + tl.arange(0, D2)
-        q2 = _load_rows(q_ptr, offs_m, stride_qm, n_q, cols2, D, D1 + D2 > D)
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
-    else:
-        q2 = q1
-        acc2 = acc1
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
-    TILES: tl.constexpr = BLOCK_K // BLOCK_N
-    # The last tile of the list is peeled: the loop below has no mask code.
-    total = count * TILES
-    for j in range(total - TILES):
-        start = tl.load(ids_ptr + j // TILES) * BLOCK_K + (j % TILES) * BLOCK_N
-        acc1, acc2, m, norm = _step(
-            acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
-            False, BLOCK_N, D, D1, D2, IEEE,
-        )  # fmt: skip
-    for j in range(tl.maximum(total - TILES, 0), total):
-        start = tl.load(ids_ptr + j // TILES) * BLOCK_K + (j % TILES) * BLOCK_N
-        acc1, acc2, m, norm = _step(
-            acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, qk_scale,
-            True, BLOCK_N, D, D1, D2, IEEE,
-        )  # fmt: skip
+    # Ids ascend, so only the last entry can be ragged: it is peeled, and the loop has no mask code.
+    if BLOCK_N > BLOCK_K:
+        total = tl.cdiv(count, BLOCK_N // BLOCK_K)
+        plain = tl.maximum(total - 1, 0)
+    else:
+        total = count * (BLOCK_K // BLOCK_N)
+        plain = tl.maximum(total - BLOCK_K // BLOCK_N, 0)
+    if HAS_LENGTHS or HAS_BIAS:
+        for j in range(total):
+            block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
+            offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, HAS_LENGTHS)
+            bias = 0.0
+            if HAS_BIAS:
+                bias = (tl.load(bias_ptr + offs, mask=inside, other=0.0) * LOG2E)[None, :]
+            acc1, acc2, m, norm = _step(
+                acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
+                inside[None, :], bias, qk_scale, True, D, D1, D2, IEEE,
+            )  # fmt: skip
+    else:
+        for j in range(plain):
+            block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
+            offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, False)
+            acc1, acc2, m, norm = _step(
+                acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
+                inside, 0.0, qk_scale, False, D, D1, D2, IEEE,
+            )  # fmt: skip
+        for j in range(plain, total):
+            block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
+            offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, False)
+            acc1, acc2, m, norm = _step(
+                acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
+                inside[None, :], 0.0, qk_scale, True, D, D1, D2, IEEE,
+            )  # fmt: skip
+    if HAS_PARTIAL:
+        some_ids_ptr += b * stride_sib + h * stride_sih + row.to(tl.int64) * stride_siq
+        mask_ids_ptr += b * stride_sib + h * stride_sih + row.to(tl.int64) * stride_siq
+        some = tl.load(some_counts_ptr + b * stride_scb + h * stride_sch + row)
+        some = tl.minimum(tl.maximum(some, 0), some_width)
+        WORDS: tl.constexpr = (BLOCK_K + 31) // 32
+        in_block = (pid_m % (BLOCK_Q // BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
+        for j in range(tl.cdiv(some * BLOCK_K, BLOCK_N)):
+            block, place = entry_tokens(some_ids_ptr, j, some, BLOCK_K, BLOCK_N)
+            offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, HAS_LENGTHS)
+            mask_id, _ = entry_tokens(mask_ids_ptr, j, some, BLOCK_K, BLOCK_N)
+            known = inside & (mask_id >= 0) & (mask_id < masks)
+            words = masks_ptr + ((mask_id.to(tl.int64) * BLOCK_Q) * WORDS + tl.zeros_like(place))
+            words = words[None, :] + in_block[:, None] * WORDS
+            seen = test_bits(words, place[None, :], known[None, :])
+            bias = 0.0
+            if HAS_BIAS:
+                bias = (tl.load(bias_ptr + offs, mask=inside, other=0.0) * LOG2E)[None, :]
+            acc1, acc2, m, norm = _step(
+                acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
+                seen, bias, qk_scale, True, D, D1, D2, IEEE,
+            )  # fmt: skip
+    if HAS_POOLED:
+        pooled_k_ptr += b * (stride_pkb * 8) + h * (stride_pkh * 8)
+        pooled_v_ptr += b * (stride_pvb * 8) + h * (stride_pvh * 8)
+        pooled_bias_ptr += b * stride_pbb + h * stride_pbh
+        bits_ptr += b * stride_wb + h * stride_wh + row.to(tl.int64) * stride_wq
+        for j in range(tl.cdiv(n_pooled, BLOCK_N)):
+            offs = j * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = offs < n_pooled
+            seen = test_bits(bits_ptr, offs, inside)[None, :]
+            bias = (tl.load(pooled_bias_ptr + offs, mask=inside, other=0.0) * LOG2E)[None, :]
+            acc1, acc2, m, norm = _step(
+                acc1, acc2, m, norm, q1, q2, pooled_k_ptr, pooled_v_ptr, stride_pkn * 8,
+                stride_pvn * 8, offs, inside, seen, bias, qk_scale, True, D, D1, D2, IEEE,
+            )  # fmt: skip
 
-    inverse = 1.0 / tl.where(norm == 0.0, 1.0, norm)
-    out_rows = out_ptr + offs_m[:, None].to(tl.int64) * stride_om
-    in_q = (offs_m < n_q)[:, None]
-    out1 = (acc1 * inverse[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_rows + cols1[None, :], out1, mask=in_q)
+    inverse = (1.0 / tl.where(norm == 0.0, 1.0, norm))[:, None]
+    acc1 = acc1 * inverse
     if D2 > 0:
-        cols2 = D1 + tl.arange(0, D2)
-        tl.store(
-            out_rows + cols2[None, :],
-            (acc2 * inverse[:, None]).to(out_ptr.dtype.element_ty),
-            mask=in_q & (cols2 < D)[None, :],
-        )
+        acc2 = acc2 * inverse
+    store_tile(out_ptr, offs_m, in_q, stride_om, acc1, acc2, D, D1, D2)
     if HAS_LSE:
         # m is in log2 units; the boundary speaks natural logarithms. log2(0) = -inf for empty rows.
         lse = tl.where(norm == 0.0, float("-inf"), (m + tl.math.log2(norm)) * 0.6931471805599453)
-        tl.store(lse_ptr + pid_bh.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
+        tl.store(lse_ptr + pid_bh.to(tl.int64) * n_q + offs_m, lse, mask=in_q)
 
 
 @triton.jit
@@ -186,28 +242,15 @@ def order_heads(counts: Tensor) -> tuple[Tensor, Tensor]:
     return scratch[1:], scratch[:1]
 
 
-def split_head_size(d: int) -> tuple[int, int]:
-    """``d`` as two power-of-two tiles (second 0 where one fits): 64 -> (64, 0), 72 -> (64, 16)."""
-    first = 1 << (d.bit_length() - 1)
-    rest = d - first
-    if rest == 0:
-        return d, 0
-    return first, max(16, 1 << (rest - 1).bit_length())
-
-
 def default_config(q: Tensor, block_q: int, block_k: int) -> PlainConfig:
     """The tuned configuration; float32 serves tests and only has to fit."""
     if q.dtype == torch.float32:
-        return PlainConfig(min(block_q, 64), min(block_k, 32), 4, 2)
-    return plain_config(torch.cuda.get_device_name(q.device), block_q, block_k, int(q.shape[-1]))
-
-
-def aligned(x: Tensor) -> Tensor:
-    """``x`` [B, H, N, D] itself where rows start at multiples of 8 elements, else a copy."""
-    # Memory blocks are aligned: the offset says what the address would, and can be traced.
-    starts = (x.storage_offset(), *x.stride()[:3])
-    fits = x.stride(3) == 1 and all(start % 8 == 0 for start in starts)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+        return PlainConfig(min(block_q, 64), 32, 4, 2)
+    name = torch.cuda.get_device_name(q.device)
+    config = plain_config(name, block_q, block_k, int(q.shape[-1]))
+    if block_k < 64:  # several entries fill a tile
+        config = replace(config, block_n=64)
+    return config if block_q >= 64 else replace(config, num_warps=max(1, block_q // 16))
 
 
 def forward(
@@ -219,6 +262,10 @@ def forward(
     block_q: int,
     block_k: int,
     scale: float,
+    partial: Partial | None = None,
+    block_lengths: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    pooled: Pooled | None = None,
     *,
     return_lse: bool = False,
     order: Tensor | None = None,
@@ -233,19 +280,17 @@ def forward(
     q, k, v = (aligned(x) for x in (q, k, v))
     out = empty_output(q, v)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32) if return_lse else None
-    counts = kv_num_blocks.expand(batch, heads, -1)
-    ids = kv_indices.expand(batch, heads, -1, -1)
+    lists = (kv_num_blocks, kv_indices, partial, block_lengths, key_bias, pooled)
     first, second = split_head_size(d)
-    grid = (triton.cdiv(n_q, config.block_m), batch * heads)
-    launcher[grid](
-        q, k, v, out, lse,
-        counts, ids, order,
-        *(s // 8 for x in (q, k, v) for s in x.stride()[:3]), *out.stride()[:3],
-        counts.stride(0), counts.stride(1), ids.stride(0), ids.stride(1), ids.stride(2),
-        heads, n_q, k.shape[2], ids.shape[-1], scale * math.log2(math.e),
+    launcher[(triton.cdiv(n_q, config.block_m), batch * heads)](
+        q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, order_ptr=order,
+        **eighths("q", q), **eighths("k", k), **eighths("v", v),
+        **strides("o", out, "bhm"), **list_arguments(batch, heads, *lists),
+        heads=heads, n_q=n_q, n_k=k.shape[2], qk_scale=scale * math.log2(math.e),
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        D=d, D1=first, D2=second, HAS_LSE=return_lse,
-        HAS_ORDER=order is not None,
+        D=d, D1=first, D2=second, HAS_LSE=return_lse, HAS_ORDER=order is not None,
+        HAS_PARTIAL=partial is not None, HAS_LENGTHS=block_lengths is not None,
+        HAS_BIAS=key_bias is not None, HAS_POOLED=pooled is not None,
         IEEE=q.dtype == torch.float32,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -267,3 +312,36 @@ def plain(
     launcher = wrap_triton(_forward)
     lists = (kv_num_blocks, kv_indices)
     return forward(q, k, v, *lists, block_q, block_k, scale, launcher=launcher)[0]
+
+
+@torch.library.triton_op("ditopt::block_sparse_attention_with_lse_triton", mutates_args={})
+def plain_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    partial_num_blocks: Tensor | None = None,
+    partial_indices: Tensor | None = None,
+    partial_mask_ids: Tensor | None = None,
+    masks: Tensor | None = None,
+    block_lengths: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    pooled_k: Tensor | None = None,
+    pooled_v: Tensor | None = None,
+    pooled_bias: Tensor | None = None,
+    pooled_bits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same for every option of `ops_lse`; forward only."""
+    options = structured(
+        (partial_num_blocks, partial_indices, partial_mask_ids, masks, block_lengths, key_bias)
+        + (pooled_k, pooled_v, pooled_bias, pooled_bits)
+    )
+    lists = (kv_num_blocks, kv_indices, block_q, block_k, scale)
+    launcher = wrap_triton(_forward)
+    out, lse = forward(q, k, v, *lists, *options, return_lse=True, launcher=launcher)
+    assert lse is not None
+    return out, lse

@@ -1,0 +1,167 @@
+"""``torch.ops.ditopt.block_sparse_attention_with_lse``: every option, log-sum-exp and gradients.
+
+`ops` has the operator that passes write: lists of full blocks in, attention out. This one also
+takes what `reference` calls optional, returns the natural-log LSE and can be differentiated; its
+backward is an operator too, so both can stand in compiled graphs. CUDA runs `triton` and
+`triton_backward` (forward without options: what `ops` runs), the CPU runs `reference`, whose place
+a loop of Python takes: it is there to be right. float64 runs the reference everywhere.
+
+Outputs and gradients lie in memory as [B, N, H, D]; the LSE is contiguous, float32 (float64 for
+float64). Options travel as ten tensors or None: an operator's schema has no tuples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .lists import Partial, Pooled
+from .ops import empty_output
+
+_NAME = "ditopt::block_sparse_attention_with_lse"
+_BACKWARD = "ditopt::block_sparse_attention_backward"
+_LISTS = "Tensor kv_num_blocks, Tensor kv_indices, int block_q, int block_k, float scale"
+_OPTIONS = ", ".join(
+    f"Tensor? {name}=None"
+    for name in (
+        "partial_num_blocks", "partial_indices", "partial_mask_ids", "masks", "block_lengths",
+        "key_bias", "pooled_k", "pooled_v", "pooled_bias", "pooled_bits",
+    )
+)  # fmt: skip
+torch.library.define(
+    _NAME, f"(Tensor q, Tensor k, Tensor v, {_LISTS}, {_OPTIONS}) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    _BACKWARD,
+    "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_LISTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_INPUTS = 18  # of the forward operator
+Flat = tuple[Tensor | None, ...]
+Structured = tuple[Partial | None, Tensor | None, Tensor | None, Pooled | None]
+
+
+def flatten(
+    partial: Partial | None,
+    block_lengths: Tensor | None,
+    key_bias: Tensor | None,
+    pooled: Pooled | None,
+) -> Flat:
+    """The operator's optional arguments."""
+    return (*(partial or (None,) * 4), block_lengths, key_bias, *(pooled or (None,) * 4))
+
+
+def structured(options: Flat) -> Structured:
+    """`reference`'s optional arguments; the inverse of `flatten`."""
+    filled = (*options, *(None,) * (10 - len(options)))
+    partial = None if filled[0] is None else Partial(*filled[:4])  # type: ignore[arg-type]
+    pooled = None if filled[6] is None else Pooled(*filled[6:])  # type: ignore[arg-type]
+    return partial, filled[4], filled[5], pooled
+
+
+def _gradient_like(x: Tensor) -> Tensor:
+    """Uninitialised, shaped as x [B, H, N, D], in memory [B, N, H, D]."""
+    return empty_output(x, x)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lists, options = rest[:5], structured(rest[5:])
+    out, lse = reference.block_sparse_attention_with_lse(q, k, v, *lists, *options)
+    return empty_output(q, v).copy_(out), lse
+
+
+def _cuda(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if q.dtype == torch.float64:
+        return _reference(q, k, v, *rest)
+    from . import hopper, triton  # Triton is imported on the first launch only
+
+    lists, options = rest[:5], rest[5:]
+    plain = all(option is None for option in options)
+    if plain and hopper.reason_to_decline(q, lists[2], lists[3]) is None:
+        out, lse = hopper.forward(q, k, v, *lists, return_lse=True)
+    else:
+        out, lse = triton.forward(q, k, v, *lists, *structured(options), return_lse=True)
+    assert lse is not None
+    return out, lse
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return empty_output(q, v), q.new_empty(q.shape[:3], dtype=accumulate)
+
+
+def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
+    options = structured(args[12:])
+    grads = reference.backward(*args[:12], *options)
+    q = args[2]
+    return tuple(
+        q.new_empty(0) if grad is None else _gradient_like(grad).copy_(grad) for grad in grads
+    )
+
+
+def _cuda_backward(*args: Any) -> tuple[Tensor, ...]:
+    if args[2].dtype == torch.float64:
+        return _reference_backward(*args)
+    from . import triton_backward
+
+    return triton_backward.backward(*args[:12], *structured(args[12:]))
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    q, k, v = args[2:5]
+    pooled = structured(args[12:])[3]
+    extra = (pooled.k, pooled.v) if pooled else (None, None)
+    return tuple(q.new_empty(0) if x is None else _gradient_like(x) for x in (q, k, v, *extra))
+
+
+torch.library.impl(_NAME, "cpu", _reference)
+torch.library.impl(_NAME, "cuda", _cuda)
+torch.library.register_fake(_NAME, _fake)
+torch.library.impl(_BACKWARD, "cpu", _reference_backward)
+torch.library.impl(_BACKWARD, "cuda", _cuda_backward)
+torch.library.register_fake(_BACKWARD, _fake_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, counts, ids, *numbers = inputs[:8]
+    ctx.numbers = numbers
+    ctx.save_for_backward(q, k, v, *output, counts, ids, *inputs[8:])
+
+
+def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, counts, ids, *options = ctx.saved_tensors
+    dq, dk, dv, pooled_k, pooled_v = torch.ops.ditopt.block_sparse_attention_backward.default(
+        grad_out, grad_lse, q, k, v, out, lse, counts, ids, *ctx.numbers, *options
+    )
+    grads: list[Tensor | None] = [dq, dk, dv, *(None,) * (_INPUTS - 3)]
+    if options and structured(tuple(options))[3] is not None:
+        grads[14], grads[15] = pooled_k, pooled_v
+    return tuple(grads)
+
+
+torch.library.register_autograd(_NAME, _autograd, setup_context=_setup_context)
+
+
+def call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    partial: Partial | None = None,
+    block_lengths: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    pooled: Pooled | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The registered operator, typed: (out, LSE); arguments as in `reference`."""
+    options = flatten(partial, block_lengths, key_bias, pooled)
+    out, lse = torch.ops.ditopt.block_sparse_attention_with_lse.default(
+        q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale, *options
+    )
+    return out, lse

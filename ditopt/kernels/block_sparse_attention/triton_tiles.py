@@ -1,0 +1,200 @@
+# Kernels are another language: their parameters have no Python types and constexprs are upper case.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
+# ruff: noqa: N803, N806
+"""What the plain Triton kernels share: tiles of rows, list entries, bits, head sizes in two parts.
+
+A head size D that is no power of two is D1 + D2 channels (72 = 64 + 16, 96 = 64 + 32), so that
+nothing is multiplied with more than 15 zeros; D2 = 0 for none. Every load of keys, values and
+queries is guarded by its position, so no id reads outside the tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .lists import Partial, Pooled
+
+
+@triton.jit
+def load_rows(ptr, offs, inside, stride, cols, D: tl.constexpr, GUARD_COLS: tl.constexpr):
+    """Rows ``offs`` of a [n, D] matrix where ``inside``; columns ``cols``; zeros elsewhere."""
+    mask = inside[:, None]
+    if GUARD_COLS:
+        mask = mask & (cols < D)[None, :]
+    return tl.load(ptr + offs[:, None].to(tl.int64) * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_tile(
+    ptr, offs, inside, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+):  # fmt: skip
+    """Both channel parts of some rows; the second repeats the first where there is none."""
+    x1 = load_rows(ptr, offs, inside, stride, tl.arange(0, D1), D, False)
+    x2 = x1
+    if D2 > 0:
+        x2 = load_rows(ptr, offs, inside, stride, D1 + tl.arange(0, D2), D, D1 + D2 > D)
+    return x1, x2
+
+
+@triton.jit
+def store_tile(
+    ptr, offs, inside, stride, x1, x2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+):  # fmt: skip
+    """Writes both channel parts of the rows that are ``inside``, in the tensor's dtype."""
+    rows = ptr + offs[:, None].to(tl.int64) * stride
+    cols1 = tl.arange(0, D1)
+    tl.store(rows + cols1[None, :], x1.to(ptr.dtype.element_ty), mask=inside[:, None])
+    if D2 > 0:
+        cols2 = D1 + tl.arange(0, D2)
+        mask = inside[:, None] & (cols2 < D)[None, :]
+        tl.store(rows + cols2[None, :], x2.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def inner(a1, a2, b1, b2, D2: tl.constexpr, IEEE: tl.constexpr):
+    """``a b^T`` over both channel parts, float32."""
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    s = tl.dot(a1, tl.trans(b1), input_precision=precision)
+    if D2 > 0:
+        s = tl.dot(a2, tl.trans(b2), s, input_precision=precision)
+    return s
+
+
+@triton.jit
+def accumulate(acc1, acc2, p, x1, x2, D2: tl.constexpr, IEEE: tl.constexpr):
+    """``acc + p x`` in both channel parts; ``p`` in x's dtype."""
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    acc1 = tl.dot(p, x1, acc1, input_precision=precision)
+    if D2 > 0:
+        acc2 = tl.dot(p, x2, acc2, input_precision=precision)
+    return acc1, acc2
+
+
+@triton.jit
+def entry_tokens(ids_ptr, j, count, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(block ids, places in their blocks) of tile ``j`` of a list; id -1 where it has ended.
+
+    A tile is a part of one entry, or several entries that are gathered.
+    """
+    cols = tl.arange(0, BLOCK_N)
+    if BLOCK_N > BLOCK_K:
+        entry = j * (BLOCK_N // BLOCK_K) + cols // BLOCK_K
+        block = tl.load(ids_ptr + entry, mask=entry < count, other=-1)
+        place = cols % BLOCK_K
+    else:
+        block = tl.load(ids_ptr + j // (BLOCK_K // BLOCK_N))
+        place = (j % (BLOCK_K // BLOCK_N)) * BLOCK_N + cols
+    return block, place
+
+
+@triton.jit
+def existing(block, place, lengths_ptr, n_k, BLOCK_K: tl.constexpr, HAS_LENGTHS: tl.constexpr):
+    """(token positions, which of them exist)."""
+    offs = block * BLOCK_K + place
+    inside = (offs >= 0) & (offs < n_k)
+    if HAS_LENGTHS:
+        known = (block >= 0) & (block < tl.cdiv(n_k, BLOCK_K))
+        length = tl.load(lengths_ptr + block, mask=known, other=0)
+        inside = inside & (place < length)
+    return offs, inside
+
+
+@triton.jit
+def test_bits(ptr, places, inside):
+    """Bits ``places`` of a row of words, False where not ``inside``."""
+    words = tl.load(ptr + places // 32, mask=inside, other=0)
+    return ((words >> (places % 32)) & 1) != 0
+
+
+def split_head_size(d: int) -> tuple[int, int]:
+    """``d`` as two power-of-two tiles (second 0 where one fits): 64 -> (64, 0), 72 -> (64, 16)."""
+    first = 1 << (d.bit_length() - 1)
+    rest = d - first
+    if rest == 0:
+        return d, 0
+    return first, max(16, 1 << (rest - 1).bit_length())
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` [B, H, N, D] itself where rows start at multiples of 8 elements, else a copy."""
+    # Memory blocks are aligned: the offset says what the address would, and can be traced.
+    starts = (x.storage_offset(), *x.stride()[:3])
+    fits = x.stride(3) == 1 and all(start % 8 == 0 for start in starts)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
+    """``stride_<name><axis>`` for the leading axes of ``x``; zeros for None."""
+    found = (0,) * len(axes) if x is None else x.stride()
+    return {f"stride_{name}{axis}": found[i] for i, axis in enumerate(axes)}
+
+
+def eighths(name: str, x: Tensor | None) -> dict[str, int]:
+    """`strides` (batch, head, token) of an `aligned` tensor in units of 8 elements."""
+    token = "m" if name in ("q", "g") else "n"
+    return {key: stride // 8 for key, stride in strides(name, x, "bh" + token).items()}
+
+
+def per_head(x: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """A list-like tensor [Bl, Hl, ...] for all heads, by strides of 0; its last axis contiguous."""
+    if x is None:
+        return None
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.expand(batch, heads, *x.shape[2:])
+
+
+def list_arguments(
+    batch: int,
+    heads: int,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    partial: Partial | None,
+    block_lengths: Tensor | None,
+    key_bias: Tensor | None,
+    pooled: Pooled | None,
+) -> dict[str, Tensor | int | None]:
+    """What `triton._forward` and the dq kernel are told about lists and options, by name."""
+    counts, ids = per_head(kv_num_blocks, batch, heads), per_head(kv_indices, batch, heads)
+    assert counts is not None
+    assert ids is not None
+    some, some_ids, mask_ids, masks = partial or (None,) * 4
+    some, some_ids = per_head(some, batch, heads), per_head(some_ids, batch, heads)
+    mask_ids = per_head(mask_ids, batch, heads)
+    if some_ids is not None and mask_ids is not None and some_ids.stride() != mask_ids.stride():
+        some_ids, mask_ids = some_ids.contiguous(), mask_ids.contiguous()
+    pooled_k, pooled_v, pooled_bias, bits = pooled or (None,) * 4
+    pooled_k = None if pooled_k is None else aligned(pooled_k)
+    pooled_v = None if pooled_v is None else aligned(pooled_v)
+    key_bias, pooled_bias = per_head(key_bias, batch, heads), per_head(pooled_bias, batch, heads)
+    bits = per_head(bits, batch, heads)
+    return {
+        "counts_ptr": counts,
+        "ids_ptr": ids,
+        "width": ids.shape[-1],
+        **strides("c", counts, "bh"),
+        **strides("i", ids, "bhq"),
+        "some_counts_ptr": some,
+        "some_ids_ptr": some_ids,
+        "mask_ids_ptr": mask_ids,
+        "masks_ptr": None if masks is None else masks.contiguous(),
+        "masks": 0 if masks is None else masks.shape[0],
+        "some_width": 0 if some_ids is None else some_ids.shape[-1],
+        **strides("sc", some, "bh"),
+        **strides("si", some_ids, "bhq"),
+        "lengths_ptr": None if block_lengths is None else block_lengths.contiguous(),
+        "bias_ptr": key_bias,
+        **strides("b", key_bias, "bh"),
+        "pooled_k_ptr": pooled_k,
+        "pooled_v_ptr": pooled_v,
+        "pooled_bias_ptr": pooled_bias,
+        "bits_ptr": bits,
+        "n_pooled": 0 if pooled_k is None else pooled_k.shape[2],
+        **eighths("pk", pooled_k),
+        **eighths("pv", pooled_v),
+        **strides("pb", pooled_bias, "bh"),
+        **strides("w", bits, "bhq"),
+    }
