@@ -1,0 +1,1 @@
+"""Which key blocks each query block attends to, chosen from the data of a call."""
