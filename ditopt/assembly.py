@@ -1,0 +1,133 @@
+"""Lowered pieces and the environment between them, as the three programs of the step runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ditopt.runtime import Programs, count
+from ditopt.stack import slot_value
+from ditopt.symbols import evaluator
+
+if TYPE_CHECKING:
+    from ditopt.backends.base import Lowered
+    from ditopt.capture import Captured
+    from ditopt.join import Extra
+    from ditopt.runtime import InputRoles
+    from ditopt.stack import Stack
+
+
+@dataclass(frozen=True)
+class BoundPiece:
+    """A part of the model with its program.
+
+    Attributes:
+        call: the program; its arguments are `env[i]` for each of `inputs`.
+        inputs, outputs: slots of the environment.
+        extras: slot, among the last of `inputs`, and what fills it from the call's arguments.
+        free: slots that nothing reads after this part.
+        kernels: number of block-sparse attentions in it.
+    """
+
+    call: Lowered
+    inputs: tuple[int, ...]
+    extras: tuple[tuple[int, Extra], ...]
+    outputs: tuple[int, ...]
+    free: tuple[int, ...]
+    kernels: int
+
+
+def run_pieces(pieces: Sequence[BoundPiece], env: list[Any]) -> None:
+    """Run programs in order; each reads its inputs from `env` and writes its outputs there."""
+    for piece in pieces:
+        results = piece.call(*[env[i] for i in piece.inputs])
+        for slot, value in zip(piece.outputs, results, strict=True):
+            env[slot] = value
+        for slot in piece.free:
+            env[slot] = None
+        for _ in range(piece.kernels):
+            count("block_sparse_attention")
+
+
+Strides = dict[tuple[int, torch.Size], tuple[int, ...]]
+
+
+def _with_strides(position: int, value: Any, seen: Strides) -> Any:
+    """The output at `position` of the block stack with the strides that the stack itself gives it.
+
+    The programs behind were made for those; a forecast has the strides of its base, which may be
+    a transposed view (a patch embedding).
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    wanted = seen.get((position, value.shape), value.stride())
+    if value.stride() == wanted:
+        return value
+    moved = torch.empty_strided(value.shape, wanted, dtype=value.dtype, device=value.device)
+    return moved.copy_(value)
+
+
+def assemble(
+    captured: Captured,
+    by_phase: Sequence[Sequence[Sequence[BoundPiece]]],
+    stack: Stack | None,
+    roles: InputRoles,
+) -> Programs:
+    """Close over the environment.
+
+    Its slots: inputs, constants, then one for each value between pieces, then the extras.
+    `by_phase` holds what runs before, in and after the block stack.
+    """
+    constants = list(captured.constants)
+    given = len(captured.inputs)
+    spare = [None] * (captured.slots - given)
+    stack_outputs = stack.outputs if stack is not None else ()
+    bases = stack.bases if stack is not None else ()
+    sizes = stack.sizes if stack is not None else ()
+    measure = evaluator(captured, [slot_value(captured, slot) for slot in sizes])
+    carried = tuple(dict.fromkeys(base for base in bases if base is not None))
+    before, _, after = by_phase[0]
+    bodies = [stretch for _, stretch, _ in by_phase]
+    returned = captured.outputs
+    strides: Strides = {}
+    around = _extras([*before, *after])
+    needed = [around | _extras(body) for body in bodies]
+    unfilled = [None] * (max((slot for extras in needed for slot in extras), default=-1) + 1)
+    unfilled = unfilled[captured.slots :]
+
+    def bind(inputs: Sequence[Any], phase: int | None) -> list[Any]:
+        env = [*inputs, *constants, *spare, *unfilled]
+        for slot, extra in (around if phase is None else needed[phase]).items():
+            env[slot] = extra(env)
+        return env[:given] + env[captured.slots :]
+
+    def head(bound: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        env = [*bound[:given], *spare, *bound[given:]]
+        run_pieces(before, env)
+        for slot, size in zip(sizes, measure(env), strict=True):
+            env[slot] = size
+        return [env[slot] for slot in carried], env
+
+    def body(bound: Sequence[Any], carry: Sequence[Any], env: list[Any], phase: int) -> list[Any]:
+        run_pieces(bodies[phase], env)
+        outputs = [env[slot] for slot in stack_outputs]
+        for k, value in enumerate(outputs):
+            if isinstance(value, torch.Tensor):
+                strides[k, value.shape] = value.stride()
+        return outputs
+
+    def tail(bound: Sequence[Any], outputs: Sequence[Any], env: list[Any]) -> tuple[Any, ...]:
+        for k, (slot, value) in enumerate(zip(stack_outputs, outputs, strict=True)):
+            env[slot] = _with_strides(k, value, strides)
+        run_pieces(after, env)
+        return tuple(env[item] if isinstance(item, int) else item[1] for item in returned)
+
+    base = tuple(None if slot is None else carried.index(slot) for slot in bases)
+    return Programs(head, body, tail, base, roles, bind)
+
+
+def _extras(pieces: Sequence[BoundPiece]) -> dict[int, Extra]:
+    return {slot: extra for piece in pieces for slot, extra in piece.extras}
