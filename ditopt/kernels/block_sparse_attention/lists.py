@@ -167,7 +167,7 @@ def transpose(counts: Tensor, ids: Tensor, key_blocks: int) -> Transposed:
     used = torch.arange(ids.shape[-1], device=ids.device) < counts[..., None]
     used &= (ids >= 0) & (ids < key_blocks)
     keys = torch.where(used, ids, key_blocks).flatten(2)
-    in_order, entries = keys.sort(-1, stable=True)
+    in_order, entries = keys.sort(stable=True)
     blocks = torch.arange(key_blocks + 1, device=ids.device, dtype=torch.int32)
     starts = torch.searchsorted(in_order, blocks.expand(*in_order.shape[:2], -1).contiguous())
     return Transposed(starts.int(), entries.int())

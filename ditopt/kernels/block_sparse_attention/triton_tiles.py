@@ -135,7 +135,7 @@ def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
 
 def eighths(name: str, x: Tensor | None) -> dict[str, int]:
     """`strides` (batch, head, token) of an `aligned` tensor in units of 8 elements."""
-    token = "m" if name in ("q", "g") else "n"
+    token = "m" if name in ("q", "g", "o") else "n"
     return {key: stride // 8 for key, stride in strides(name, x, "bh" + token).items()}
 
 
