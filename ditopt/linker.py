@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ditopt import fingerprint
-from ditopt.errors import CaptureError, DitoptWarning
+from ditopt.errors import CaptureError, DitoptWarning, StrictModeError
 from ditopt.infer_layout import infer_grid, site_geometry
-from ditopt.program import HeadChoice, Phase, ProgramBuilder
+from ditopt.program import Phase, ProgramBuilder
 from ditopt.report import Decision
-from ditopt.runtime import InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
+from ditopt.runtime import CudaGraphs, InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
+from ditopt.site_inputs import HeadChoice, SelectorChoice
 from ditopt.stack import Stack, find_stack
 from ditopt.symbols import is_symbolic
 
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from ditopt.backends.base import Backend
     from ditopt.capture import Captured
     from ditopt.config import Options
-    from ditopt.patterns import HeadPattern
     from ditopt.plan import Plan
     from ditopt.plan.checks import SiteLike
+    from ditopt.plan.schema import Phase as PlanPhase
     from ditopt.sites import AttentionSite
     from ditopt.torch_backend import Compiled
 
@@ -71,7 +72,7 @@ class Linker:
         phases, schedule, stack = [Phase()], None, None
         if self.plan is not None:
             self._check(self.plan)
-            phases = [Phase(self._choices(self.plan, p.attention)) for p in self.plan.phases]
+            phases = [Phase(self._choices(self.plan, p)) for p in self.plan.phases]
             stack = self._cached_stack(self.plan)
             schedule = _schedule(self.plan, cached=stack is not None)
             if stack is None and len(phases) > 1:
@@ -83,11 +84,26 @@ class Linker:
         self.record.decisions += builder.decisions
         self.record.programs = len(builder.programs)
         tracker = self._tracker(schedule) if schedule is not None and not schedule.trivial else None
-        runtime = StepRuntime(programs, schedule, tracker)
+        runtime = StepRuntime(programs, schedule, tracker, graphs=self._graphs())
         runtime.artifact.own(value for value in self.inputs if isinstance(value, nn.Parameter))
         for fused in builder.fused:
             runtime.artifact.on_invalidate(fused.invalidate)
         return runtime
+
+    def _graphs(self) -> CudaGraphs | None:
+        if not self.options.cuda_graphs:
+            return None
+        if self._device().type != "cuda":
+            self._decide("cuda_graphs", False, f"the model is on {self._device()}")
+            return None
+        record, strict = self.record, self.options.strict
+
+        def decide(applied: bool, reason: str) -> None:
+            record.decisions.append(Decision("model", "cuda_graphs", applied, reason))
+            if strict and not applied:
+                raise StrictModeError(reason, remedy="Leave cuda_graphs or strict out.")
+
+        return CudaGraphs(decide)
 
     def _decide(self, rule: str, applied: bool, reason: str) -> None:
         self.record.decisions.append(Decision("model", rule, applied, reason))
@@ -128,18 +144,18 @@ class Linker:
             self._decide("plan", True, note)
 
     def _choices(
-        self, plan: Plan, rules: Mapping[str, Sequence[HeadPattern]]
-    ) -> dict[str, HeadChoice | str]:
-        """For each site that the plan names, its patterns, or why they cannot be used here."""
+        self, plan: Plan, phase: PlanPhase
+    ) -> dict[str, HeadChoice | SelectorChoice | str]:
+        """For each site that the plan names, its choice, or why it cannot be used here."""
         return {
-            site.id: self._choice(plan, site, rules[site.id])
+            site.id: self._choice(plan, site, phase)
             for site in self.record.attention
-            if site.id in rules
+            if site.id in phase.attention or site.id in phase.selectors
         }
 
     def _choice(
-        self, plan: Plan, site: AttentionSite, patterns: Sequence[HeadPattern]
-    ) -> HeadChoice | str:
+        self, plan: Plan, site: AttentionSite, phase: PlanPhase
+    ) -> HeadChoice | SelectorChoice | str:
         if self.captured.prefix:
             return (
                 f"a graph break makes {self.captured.prefix} a graph of its own, "
@@ -158,7 +174,10 @@ class Linker:
         geometry = site_geometry(self.captured, site, grid)
         if isinstance(geometry, str):
             return geometry
-        return HeadChoice(tuple(patterns), geometry, grid, plan.block.q, plan.block.k)
+        place = (geometry, grid, plan.block.q, plan.block.k)
+        if site.id in phase.selectors:
+            return SelectorChoice(phase.selectors[site.id], *place)
+        return HeadChoice(tuple(phase.attention[site.id]), *place)
 
     def _cached_stack(self, plan: Plan) -> Stack | None:
         """The block stack that the plan's skip calls leave out; None where nothing is cached."""

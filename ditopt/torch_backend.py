@@ -85,6 +85,11 @@ def ditopt_eager(
 
 def _parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     parsed = Options.parse(options)
+    if parsed.cuda_graphs and parsed.inductor.get("triton.cudagraphs"):
+        raise ConfigError(
+            "cuda_graphs and Inductor's triton.cudagraphs exclude each other",
+            remedy="Keep cuda_graphs: one graph holds a whole step, Inductor's would hold a part.",
+        )
     if mode is None or mode == "default":
         return parsed
     from torch._inductor import list_mode_options
@@ -92,7 +97,10 @@ def _parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     known = list_mode_options()
     if mode not in known:
         raise ConfigError(f"unknown mode {mode!r}", remedy=did_you_mean(mode, known))
-    return parsed.model_copy(update={"inductor": {**known[mode], **parsed.inductor}})
+    inductor = {**known[mode], **parsed.inductor}
+    # Ours hold a whole step; Inductor's would be one for each program.
+    graphs = bool(inductor.pop("triton.cudagraphs", False)) or parsed.cuda_graphs
+    return parsed.model_copy(update={"inductor": inductor, "cuda_graphs": graphs})
 
 
 def compile_graph(
@@ -204,8 +212,11 @@ def _fall_back(
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    patches = dict(options.inductor) or None
-    return cast("Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=patches))
+    patches = dict(options.inductor)
+    if options.cuda_graphs:
+        patches["triton.cudagraphs"] = True
+    lowered = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    return cast("Callable[..., Any]", lowered)
 
 
 def _refuse_losses(record: Compiled) -> None:

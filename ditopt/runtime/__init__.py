@@ -1,6 +1,7 @@
 """The step runtime: sampling runs, schedules, forecasts, stored residuals, counters."""
 
 from ditopt.runtime.counters import Artifact, Counters, count, invalidate, stats
+from ditopt.runtime.cuda_graphs import CudaGraphs
 from ditopt.runtime.doubts import Doubt
 from ditopt.runtime.forecast import forecast
 from ditopt.runtime.inputs import InputRoles
@@ -13,6 +14,7 @@ from ditopt.runtime.tracker import TrajectoryTracker
 __all__ = [
     "Artifact",
     "Counters",
+    "CudaGraphs",
     "Doubt",
     "InputRoles",
     "Programs",

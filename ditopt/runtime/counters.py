@@ -59,15 +59,15 @@ def activate(counters: Counters | None) -> Counters | None:
     return outer
 
 
-def count(kernel_name: str) -> None:
-    """Count one launch of a kernel for the compiled callable that is running in this thread.
+def count(kernel_name: str, times: int = 1) -> None:
+    """Count launches of a kernel for the compiled callable that is running in this thread.
 
     Outside any compiled callable nothing is counted: there is no model to count it for.
     """
     counters = _active.counters
     if counters is not None:
         with _lock:
-            counters.kernels[kernel_name] += 1
+            counters.kernels[kernel_name] += times
 
 
 class Artifact:

@@ -6,9 +6,10 @@ and no recompilation.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,15 +20,17 @@ from ditopt.runtime.counters import Artifact, activate
 from ditopt.runtime.doubts import Doubt
 from ditopt.runtime.forecast import forecast
 from ditopt.runtime.inputs import InputRoles
+from ditopt.runtime.static_inputs import Hold
 
 if TYPE_CHECKING:
+    from ditopt.runtime.cuda_graphs import CudaGraphs
     from ditopt.runtime.schedule import StepSchedule
     from ditopt.runtime.tracker import Step, TrajectoryTracker
 
 Tensors = Sequence[Tensor]
 
 # Numbers for runtimes: unlike `id`, they are not given again to a later one.
-_scopes = itertools.count()
+_scopes = count()
 
 
 class Forecast(Protocol):
@@ -78,6 +81,7 @@ class StepRuntime:
         tracker: recognises sampling runs; shared by all runtimes of one model and plan. Required
             when the schedule has skip calls or several phases.
         forecast: replaces the eager forecast, for instance by its compiled form.
+        graphs: records each kind of step as a CUDA graph; None launches kernel by kernel.
     """
 
     def __init__(
@@ -87,11 +91,16 @@ class StepRuntime:
         tracker: TrajectoryTracker | None = None,
         *,
         forecast: Forecast = forecast,
+        graphs: CudaGraphs | None = None,
     ) -> None:
         self.programs = programs
         self.artifact = Artifact()
         self.tracker = None
         self._forecast = forecast
+        self._graphs = graphs
+        self._weights = frozenset(programs.roles.weights)
+        if graphs is not None:
+            self.artifact.on_invalidate(graphs.forget_copies)
         if schedule is None or schedule.trivial:
             return
         if tracker is None or tracker.schedule != schedule:
@@ -117,27 +126,21 @@ class StepRuntime:
             activate(outer)
 
     def _run_plain(self, inputs: Sequence[Any]) -> Any:
-        programs = self.programs
-        bound = programs.bind(inputs, 0)
-        carry, rest = programs.head(bound)
-        result = programs.tail(bound, programs.body(bound, carry, rest, 0), rest)
+        bound = self.programs.bind(inputs, 0)
+        function = partial(self._full, phase=0, store=False)
+        result, _, _ = self._launch("full", function, bound, len(inputs), variant=(0, False))
         self.artifact.counters.ran(skipped=False)
         return result
 
     def _run_step(self, tracker: TrajectoryTracker, inputs: Sequence[Any]) -> Any:
-        programs = self.programs
-        step = tracker.locate(inputs, programs.roles, self._probed, self._scope)
+        step = tracker.locate(inputs, self.programs.roles, self._probed, self._scope)
         stored: tuple[Tensor, ...] | None = None
         try:
             history, doubt = self._history(step)
-            bound = programs.bind(inputs, None if history else step.phase)
-            carry, rest = programs.head(bound)
-            outputs: Tensors
             if history and step.call is not None:
-                outputs = self._forecast_outputs(step.call, carry, history)
+                result = self._run_skip(inputs, step.call, history)
             else:
-                outputs, stored = self._full_outputs(step, bound, carry, rest)
-            result = programs.tail(bound, outputs, rest)
+                result, stored = self._run_full(inputs, step)
         except BaseException:
             tracker.abandon(step)
             raise
@@ -159,15 +162,83 @@ class StepRuntime:
         history = [stored[source] for source, _ in sources if source in stored]
         return (history, None) if len(history) == len(sources) else ([], step.branch.gap)
 
-    def _forecast_outputs(
-        self, call: int, carry: Tensors, history: Sequence[tuple[Tensor, ...]]
-    ) -> Tensors:
+    def _run_full(self, inputs: Sequence[Any], step: Step) -> tuple[Any, tuple[Tensor, ...] | None]:
+        """The result, and the residuals where the schedule wants them stored."""
+        branch = step.branch
+        store = branch is not None and step.doubt is None and step.call in self._schedule.last_use
+        bound = self.programs.bind(inputs, step.phase)
+        function = partial(self._full, phase=step.phase, store=store)
+        variant = step.phase, store
+        result, stored, mutated = self._launch(
+            "full", function, bound, len(inputs), variant=variant
+        )
+        if mutated and branch is not None:
+            branch.drop_residuals(Doubt.CARRY_MUTATED)
+        return result, stored
+
+    def _full(
+        self, bound: Sequence[Any], *, phase: int, store: bool
+    ) -> tuple[Any, tuple[Tensor, ...] | None, bool]:
+        """Result, residuals, and whether they are missing because the base was overwritten."""
+        programs = self.programs
+        carry, rest = programs.head(bound)
+        before = _versions(carry) if store else []
+        outputs = programs.body(bound, carry, rest, phase)
+        mutated = store and _versions(carry) != before
+        stored = None
+        if store and not mutated:
+            # New storage for each: the tail and later calls may write into the outputs.
+            stored = tuple(
+                (output.clone() if base is None else output - carry[base]).detach()
+                for output, base in zip(outputs, programs.base, strict=True)
+            )
+        return programs.tail(bound, outputs, rest), stored, mutated
+
+    def _run_skip(
+        self, inputs: Sequence[Any], call: int, history: Sequence[tuple[Tensor, ...]]
+    ) -> Any:
+        bound = self.programs.bind(inputs, None)
+        rows = [self._rows_like(residual)[call] for residual in history[0]]
+        function = partial(self._skip, given=len(bound), stored=len(history))
+        own = [*chain.from_iterable(history), *rows]
+        variant = len(bound), len(history)
+        return self._launch("skipped", function, bound, len(inputs), own, variant=variant)
+
+    def _skip(self, flat: Sequence[Any], *, given: int, stored: int) -> Any:
+        """The result, with forecasts in the place of the block stack.
+
+        Args:
+            flat: what is bound, then the outputs' residuals, newest first, then a row for each.
+            given: length of what is bound.
+            stored: number of calls whose residuals follow.
+        """
+        bound, programs = flat[:given], self.programs
+        carry, rest = programs.head(bound)
+        many = len(programs.base)
+        rows = flat[given + stored * many :]
         outputs = []
-        for position, base in enumerate(self.programs.base):
-            residuals = [stored[position] for stored in history]
-            row = self._rows_like(residuals[0])[call]
-            outputs.append(self._forecast(None if base is None else carry[base], residuals, row))
-        return outputs
+        for position, base in enumerate(programs.base):
+            residuals = flat[given + position : given + stored * many : many]
+            add_to = None if base is None else carry[base]
+            outputs.append(self._forecast(add_to, residuals, rows[position]))
+        return programs.tail(bound, outputs, rest)
+
+    def _launch(
+        self,
+        kind: str,
+        function: Callable[[Sequence[Any]], Any],
+        bound: Sequence[Any],
+        inputs: int,
+        own: Sequence[Tensor] = (),
+        *,
+        variant: tuple[Any, ...],
+    ) -> Any:
+        """`function([*bound, *own])`; the first `inputs` of `bound` are the call's arguments."""
+        arguments = [*bound, *own] if own else bound
+        if self._graphs is None:
+            return function(arguments)
+        holds = _holds(self._weights, inputs, len(bound), len(arguments))
+        return self._graphs.run(kind, function, arguments, holds, variant=variant)
 
     def _rows_like(self, residual: Tensor) -> list[Tensor]:
         """[T] the rows of non-zero coefficients, on a residual's device, copied there once."""
@@ -178,23 +249,6 @@ class StepRuntime:
             flat = torch.tensor([c for row in weights for c in row], dtype=key[1]).to(key[0])
             rows = self._rows[key] = list(flat.split_with_sizes([len(row) for row in weights]))
         return rows
-
-    def _full_outputs(
-        self, step: Step, inputs: Sequence[Any], carry: Tensors, rest: Any
-    ) -> tuple[Tensors, tuple[Tensor, ...] | None]:
-        body, branch = self.programs.body, step.branch
-        if branch is None or step.doubt is not None or step.call not in self._schedule.last_use:
-            return body(inputs, carry, rest, step.phase), None
-        before = _versions(carry)
-        outputs = body(inputs, carry, rest, step.phase)
-        if _versions(carry) != before:
-            branch.drop_residuals(Doubt.CARRY_MUTATED)
-            return outputs, None
-        # New storage for each: the tail and later calls may write into the outputs.
-        return outputs, tuple(
-            (output.clone() if base is None else output - carry[base]).detach()
-            for output, base in zip(outputs, self.programs.base, strict=True)
-        )
 
     def _keep(self, step: Step, stored: tuple[Tensor, ...] | None) -> None:
         """Store a full call's residual and let go of those that no later call reads."""
@@ -209,3 +263,10 @@ class StepRuntime:
 
 def _versions(tensors: Tensors) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+@lru_cache(maxsize=64)
+def _holds(weights: frozenset[int], inputs: int, bound: int, total: int) -> tuple[Hold, ...]:
+    """How a CUDA graph reads the call's arguments, what is bound to them, and our own tensors."""
+    given = (Hold.IN_PLACE if at in weights else Hold.COPIED for at in range(inputs))
+    return (*given, *(Hold.KEPT,) * (bound - inputs), *(Hold.OWN,) * (total - bound))
