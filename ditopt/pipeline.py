@@ -23,6 +23,7 @@ from ditopt.files import write_text
 from ditopt.graph import fake_value, output_nodes, placeholders, readable, verify
 from ditopt.passes.fuse_heads import FuseHeads
 from ditopt.passes.fuse_projections import FuseProjections
+from ditopt.passes.select_blocks_online import SelectBlocksOnline
 from ditopt.passes.select_sparse_pattern import SelectSparsePattern
 
 if TYPE_CHECKING:
@@ -32,7 +33,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PIPELINE: tuple[Pass, ...] = (FuseProjections(), SelectSparsePattern(), FuseHeads())
+PIPELINE: tuple[Pass, ...] = (
+    FuseProjections(),
+    SelectSparsePattern(),
+    FuseHeads(),
+    SelectBlocksOnline(),
+)
 
 BACKENDS: dict[str, Backend] = {"eager": EagerBackend(), "inductor": InductorBackend()}
 

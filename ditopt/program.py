@@ -10,7 +10,6 @@ import copy
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -18,45 +17,37 @@ from torch import fx
 from ditopt.assembly import BoundPiece, assemble
 from ditopt.graph import placeholders
 from ditopt.join import Extra, Part, join, spans
-from ditopt.passes.base import BlockLists, FusedWeight, NodeDecision, PassContext, SparseChoice
-from ditopt.patterns import HeadPattern, block_lists
+from ditopt.passes.base import (
+    BlockLists,
+    ForcedBlocks,
+    FusedWeight,
+    NodeDecision,
+    OnlineChoice,
+    PassContext,
+    SparseChoice,
+)
 from ditopt.pipeline import PassRunner
 from ditopt.report import Decision
+from ditopt.site_inputs import HeadChoice, SelectorChoice, block_input
 from ditopt.sites import AttentionSite, instance_path
-from ditopt.symbols import evaluator
 from ditopt.weights import FusedTensor
 
 if TYPE_CHECKING:
     from ditopt.backends.base import Backend, Lowered
     from ditopt.capture import Captured, Piece
     from ditopt.config import Options
-    from ditopt.infer_layout import Grid, SiteGeometry
     from ditopt.runtime import InputRoles, Programs
     from ditopt.stack import Stack
-
-
-@dataclass(frozen=True)
-class HeadChoice:
-    """What one phase of a plan asks for at one attention site.
-
-    A pattern per head, on the site's part of the token grid.
-    """
-
-    patterns: tuple[HeadPattern, ...]
-    geometry: SiteGeometry
-    grid: Grid
-    block_q: int
-    block_k: int
 
 
 @dataclass(frozen=True)
 class Phase:
     """The choices of one range of calls.
 
-    By site id: a `HeadChoice`, or the reason why the plan's wish cannot be met.
+    By site id: a choice, or the reason why the plan's wish cannot be met.
     """
 
-    choices: Mapping[str, HeadChoice | str] = field(default_factory=dict)
+    choices: Mapping[str, HeadChoice | SelectorChoice | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ class Rewritten:
     """One body after the passes: its graph, what its further inputs are, and what was decided."""
 
     gm: fx.GraphModule
-    extras: tuple[FusedWeight | BlockLists, ...]
+    extras: tuple[FusedWeight | BlockLists | ForcedBlocks, ...]
     decisions: Sequence[tuple[str, NodeDecision]]
 
 
@@ -152,18 +143,23 @@ class ProgramBuilder:
     def _part(self, index: int, phase: Phase) -> Part:
         piece = self.captured.pieces[index]
         sparse: dict[str, HeadChoice] = {}
+        online: dict[str, SelectorChoice] = {}
         declined: dict[str, str] = {}
         for node in piece.body.gm.graph.nodes:
             site = self._sites.get((index, node.name))
             choice = phase.choices.get(site.id) if site is not None else None
             if isinstance(choice, HeadChoice):
                 sparse[node.name] = choice
+            elif isinstance(choice, SelectorChoice):
+                online[node.name] = choice
             elif isinstance(choice, str):
                 declined[node.name] = choice
         own = frozenset(k for k, slot in enumerate(piece.inputs) if self._is_own(slot))
-        key = (piece.body.key, frozenset(sparse), frozenset(declined), own)
+        # A selector's rule is written into the program; lists and patterns are passed in.
+        rules = frozenset((node, choice.selector) for node, choice in online.items())
+        key = (piece.body.key, frozenset(sparse), rules, frozenset(declined), own)
         if key not in self._rewritten:
-            self._rewritten[key] = self._rewrite(piece, index, sparse, declined, own)
+            self._rewritten[key] = self._rewrite(piece, index, sparse, online, declined, own)
         done = self._rewritten[key]
         self._tell(piece, index, done.decisions)
         return Part(
@@ -171,8 +167,13 @@ class ProgramBuilder:
             gm=done.gm,
             inputs=piece.inputs,
             outputs=piece.outputs,
-            extras=tuple(self._extra(spec, piece, index, sparse) for spec in done.extras),
-            kernels=sum(isinstance(spec, BlockLists) and spec.part == 0 for spec in done.extras),
+            extras=tuple(
+                self._extra(spec, piece, index, {**sparse, **online}) for spec in done.extras
+            ),
+            kernels=sum(
+                isinstance(spec, ForcedBlocks) or (isinstance(spec, BlockLists) and spec.part == 0)
+                for spec in done.extras
+            ),
         )
 
     def _rewrite(
@@ -180,6 +181,7 @@ class ProgramBuilder:
         piece: Piece,
         index: int,
         sparse: Mapping[str, HeadChoice],
+        online: Mapping[str, SelectorChoice],
         declined: Mapping[str, str],
         own: frozenset[int],
     ) -> Rewritten:
@@ -188,6 +190,9 @@ class ProgramBuilder:
             options=self.options,
             sparse={
                 node: self._sparse_choice(index, node, choice) for node, choice in sparse.items()
+            },
+            online={
+                node: self._online_choice(index, node, choice) for node, choice in online.items()
             },
             declined=declined,
             own=own,
@@ -229,12 +234,19 @@ class ProgramBuilder:
             choice.block_q, choice.block_k, len(choice.patterns), site.tokens_q, site.tokens_k
         )
 
+    def _online_choice(self, index: int, node: str, choice: SelectorChoice) -> OnlineChoice:
+        site = self._sites[index, node]
+        rule, amount = choice.selector.rule
+        blocks = (choice.block_q, choice.block_k)
+        sizes = (site.heads, site.tokens_q, site.tokens_k)
+        return OnlineChoice(rule, amount, choice.selector.minimum, *blocks, *sizes)
+
     def _extra(
         self,
-        spec: FusedWeight | BlockLists,
+        spec: FusedWeight | BlockLists | ForcedBlocks,
         piece: Piece,
         index: int,
-        sparse: Mapping[str, HeadChoice],
+        choices: Mapping[str, HeadChoice | SelectorChoice],
     ) -> Extra:
         if isinstance(spec, FusedWeight):
             slots = tuple(piece.inputs[position] for position in spec.positions)
@@ -243,23 +255,6 @@ class ProgramBuilder:
                 self._weights[index, slots] = fused
                 self.fused.append(fused)
             return self._weights[index, slots].get
-        return self._lists(spec.part, sparse[spec.node], self._sites[index, spec.node])
-
-    def _lists(self, part: int, choice: HeadChoice, site: AttentionSite) -> Extra:
-        """The site's block lists at the sizes of each call; equal sizes give the same tensors."""
-        sizes = evaluator(self.captured, (*choice.grid, site.tokens_q, site.tokens_k))
-
-        @lru_cache(maxsize=64)
-        def make(frames: int, height: int, width: int, tokens_q: int, tokens_k: int) -> Any:
-            layout = choice.geometry.layout((frames, height, width), tokens_q)
-            return block_lists(
-                choice.patterns,
-                layout,
-                tokens_q,
-                tokens_k,
-                choice.block_q,
-                choice.block_k,
-                self._device,
-            )[part]
-
-        return lambda env: make(*sizes(env))
+        part = spec.part if isinstance(spec, BlockLists) else 0
+        site = self._sites[index, spec.node]
+        return block_input(self.captured, site, choices[spec.node], part, self._device)

@@ -33,6 +33,13 @@ class BlockLists:
 
 
 @dataclass(frozen=True)
+class ForcedBlocks:
+    """The blocks that the selector of the attention at `node` keeps whatever they score."""
+
+    node: str
+
+
+@dataclass(frozen=True)
 class NodeDecision:
     """A decision about a node of a body; it is repeated for each block that shares the body."""
 
@@ -53,12 +60,27 @@ class SparseChoice:
 
 
 @dataclass(frozen=True)
+class OnlineChoice:
+    """How the attention at a node chooses its blocks: see `kernels.block_selection`."""
+
+    rule: str
+    amount: float
+    minimum: int
+    block_q: int
+    block_k: int
+    heads: int
+    tokens_q: Any
+    tokens_k: Any
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What a pass may know besides the graph.
 
     Attributes:
         options: of the `torch.compile` call.
         sparse: attention nodes for which the plan asks for block-sparse attention.
+        online: attention nodes that choose their blocks from the data.
         declined: attention nodes for which it asks in vain, with the reason.
         own: positions of the inputs that are the model's own tensors; only these last from call to
             call, so only of these may the runtime keep something derived.
@@ -66,6 +88,7 @@ class PassContext:
 
     options: Options
     sparse: Mapping[str, SparseChoice] = field(default_factory=dict)
+    online: Mapping[str, OnlineChoice] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
     own: frozenset[int] = frozenset()
 

@@ -22,6 +22,7 @@ from ditopt.patterns.kinds import (
     Unit,
     Window,
 )
+from ditopt.patterns.selectors import PooledThreshold, PooledTopK, PooledTopP, Selector
 
 __all__ = [
     "Band",
@@ -32,7 +33,11 @@ __all__ = [
     "HeadPattern",
     "MultiDiagonal",
     "Periodic",
+    "PooledThreshold",
+    "PooledTopK",
+    "PooledTopP",
     "Radial",
+    "Selector",
     "Skip",
     "Stripe",
     "Unit",

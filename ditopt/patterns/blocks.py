@@ -61,7 +61,7 @@ def block_mask(
     Raises:
         ValueError: a pattern with geometry without a layout, or one that the sizes contradict.
     """
-    with _real_tensors():
+    with real_tensors():
         return torch.from_numpy(_mask(pattern, layout, n_q, n_k, block_q, block_k, order).copy())
 
 
@@ -117,7 +117,7 @@ def _lists(
     kept_first = np.argsort(~masks, axis=-1, kind="stable").astype(np.int32)
     used = np.arange(masks.shape[-1]) < counts[..., None]
     lists = np.where(used, kept_first, np.int32(0))
-    with _real_tensors():
+    with real_tensors():
         return (
             torch.from_numpy(counts[None]).to(device),
             torch.from_numpy(lists[None]).to(device),
@@ -125,7 +125,7 @@ def _lists(
 
 
 @contextmanager
-def _real_tensors() -> Iterator[None]:
+def real_tensors() -> Iterator[None]:
     """Tensors made inside are ordinary ones, even while a graph is traced or inference mode is on.
 
     They outlive the call in a cache, and neither a fake nor an inference tensor may.

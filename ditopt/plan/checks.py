@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ValidationError
@@ -105,6 +105,24 @@ def check_rules(
                 raise PlanError(
                     f"{field}: cross-attention takes dense and skip only, got {geometric[0]!r}"
                 )
+        for site_id in phase.selectors:
+            _check_selector(f"phases[{number}].selectors[{site_id!r}]", site_id, phase, by_id)
+            if layout is None:
+                raise PlanError(
+                    f"phases[{number}].selectors[{site_id!r}]: needs `layout`, which is null"
+                )
+
+
+def _check_selector(
+    field: str, site_id: str, phase: Phase, by_id: Mapping[str, SiteRecord]
+) -> None:
+    site = by_id.get(site_id)
+    if site is None:
+        raise PlanError(f"{field}: no such site", remedy=did_you_mean(site_id, by_id))
+    if site_id in phase.attention:
+        raise PlanError(f"{field}: the site stands in `attention` too; keep one of the two")
+    if site.kind == "cross":
+        raise PlanError(f"{field}: cross-attention takes no selector")
 
 
 def check_cache(cache: Cache, calls: int) -> None:

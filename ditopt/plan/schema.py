@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from ditopt.errors import PlanError
-from ditopt.patterns import HeadPattern
+from ditopt.patterns import HeadPattern, Selector
 
 SUM_TOLERANCE = 1e-6
 """How far from 1 a row of forecast coefficients may sum: room for their rounding."""
@@ -17,6 +17,7 @@ MAX_GAIN = 32.0
 """Largest sum of magnitudes of such a row; it is how much the forecast amplifies noise."""
 
 
+_Rule = TypeVar("_Rule")
 _NUMBERED = re.compile(r"(\D*)(\d*)")
 
 
@@ -38,7 +39,7 @@ def _by_call(rows: dict[int, tuple[float, ...]]) -> dict[int, tuple[float, ...]]
     return dict(sorted(rows.items()))
 
 
-def _by_site(rules: dict[str, tuple[HeadPattern, ...]]) -> dict[str, tuple[HeadPattern, ...]]:
+def _by_site(rules: dict[str, _Rule]) -> dict[str, _Rule]:
     """In natural order, `blocks.2` before `blocks.10`: equal rules give equal text."""
     return dict(sorted(rules.items(), key=lambda rule: (_natural(rule[0]), rule[0])))
 
@@ -145,10 +146,12 @@ class Phase(_Part):
     Attributes:
         calls: half-open range of the model's own call index, per guidance branch.
         attention: for each site that is not dense, one pattern per head.
+        selectors: for each site that chooses its blocks from the data, how; in no other mapping.
     """
 
     calls: tuple[Index, Index]
     attention: Annotated[dict[Text, tuple[HeadPattern, ...]], AfterValidator(_by_site)] = {}
+    selectors: Annotated[dict[Text, Selector], AfterValidator(_by_site)] = {}
 
 
 class Cache(_Part):

@@ -83,6 +83,7 @@ def test_the_shipped_order_holds() -> None:
         "fuse_projections",
         "select_sparse_pattern",
         "fuse_heads",
+        "select_blocks_online",
     ]
     assert set(BACKENDS) == {"eager", "inductor"}
     assert all(name == backend.name for name, backend in BACKENDS.items())

@@ -15,8 +15,9 @@ from ditopt.capture import Captured, capture
 from ditopt.config import Options
 from ditopt.infer_layout import SiteGeometry
 from ditopt.patterns import Band, Dense
-from ditopt.program import HeadChoice, Phase, ProgramBuilder
+from ditopt.program import Phase, ProgramBuilder
 from ditopt.runtime import InputRoles, Programs
+from ditopt.site_inputs import HeadChoice
 from ditopt.sites import AttentionSite, find_sites
 from ditopt.stack import find_stack
 

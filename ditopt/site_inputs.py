@@ -1,0 +1,68 @@
+"""What a plan chooses at one attention site, and the inputs of its program that depend on it.
+
+Block lists and forced blocks are made from the sizes of each call, so that one program serves every
+resolution and prompt; equal sizes give the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ditopt.patterns import HeadPattern, Selector, block_lists, block_mask
+from ditopt.patterns.blocks import real_tensors
+from ditopt.symbols import evaluator
+
+if TYPE_CHECKING:
+    import torch
+
+    from ditopt.capture import Captured
+    from ditopt.infer_layout import Grid, SiteGeometry
+    from ditopt.sites import AttentionSite
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """A pattern per head, on the site's part of the token grid."""
+
+    patterns: tuple[HeadPattern, ...]
+    geometry: SiteGeometry
+    grid: Grid
+    block_q: int
+    block_k: int
+
+
+@dataclass(frozen=True)
+class SelectorChoice:
+    """Blocks that all heads choose from the data; the grid says what is kept whatever it scores."""
+
+    selector: Selector
+    geometry: SiteGeometry
+    grid: Grid
+    block_q: int
+    block_k: int
+
+
+def block_input(
+    captured: Captured,
+    site: AttentionSite,
+    choice: HeadChoice | SelectorChoice,
+    part: int,
+    device: torch.device,
+) -> Callable[[Sequence[Any]], Any]:
+    """A function from a call's environment to counts (part 0), ids (part 1) or forced blocks."""
+    sizes = evaluator(captured, (*choice.grid, site.tokens_q, site.tokens_k))
+    blocks = (choice.block_q, choice.block_k)
+
+    @lru_cache(maxsize=64)
+    def make(frames: int, height: int, width: int, tokens_q: int, tokens_k: int) -> Any:
+        layout = choice.geometry.layout((frames, height, width), tokens_q)
+        shape = (layout, tokens_q, tokens_k, *blocks)
+        if isinstance(choice, SelectorChoice):
+            with real_tensors():
+                return block_mask(choice.selector.keep, *shape).to(device)
+        return block_lists(choice.patterns, *shape, device)[part]
+
+    return lambda env: make(*sizes(env))
