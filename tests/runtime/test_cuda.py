@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from ditopt.patterns import Band, Dense
 from ditopt.runtime import (
+    CudaGraphs,
     InputRoles,
     Programs,
     StepRuntime,
@@ -14,7 +17,13 @@ from ditopt.runtime import (
     TrajectoryTracker,
     cache_bytes,
     session,
+    stats,
 )
+from ditopt.runtime.static_inputs import Hold
+from ditopt.torch_backend import compiled_graphs
+
+from .small_dit import TIMESTEPS as TIMESTEPS_DIT
+from .small_dit import arguments, plan_for, sample, small_dit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,3 +99,225 @@ def test_stored_bytes_are_those_predicted() -> None:
     predicted = cache_bytes(LINEAR, [(TOKENS, torch.bfloat16)])
     assert predicted <= max(held) <= 1.05 * predicted
     assert held[-1] <= 0.01 * predicted  # the coefficients remain
+
+
+# ---------------------------------------------------------------------------- CUDA graphs
+
+
+def launches(function: Any) -> dict[str, int]:
+    """How often a call launches graphs, and kernels and copies by themselves."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        function()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events()]
+    return {
+        "graphs": names.count("cudaGraphLaunch"),
+        "others": sum(
+            name.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync"))
+            for name in names
+        ),
+    }
+
+
+@pytest.mark.parametrize("backend", ["ditopt_eager", "ditopt"])
+@pytest.mark.parametrize("kind", ["none", "cached", "sparse"])
+def test_graphs_give_the_same_bits(backend: str, kind: str) -> None:
+    model = small_dit("cuda", torch.bfloat16, width=128)
+    given = arguments(model, size=(32, 32))
+    plan = None
+    if kind == "cached":
+        plan = plan_for(model, given)
+    elif kind == "sparse":
+        rules = {f"blocks.{n}#0": [Band(window=40), Dense()] for n in range(4)}
+        plan = plan_for(model, given, attention=[((0, 2), {}), ((2, 6), rules)])
+    torch.compiler.reset()
+    options = {} if plan is None else {"plan": plan}
+    plain = torch.compile(model, backend=backend, options=options)
+    expected = [sample(plain, given) for _ in range(3)]
+    torch.compiler.reset()
+    fast = torch.compile(model, backend=backend, options={**options, "cuda_graphs": True})
+    results = [sample(fast, given) for _ in range(3)]
+    assert [torch.stack(r).tolist() for r in results] == [torch.stack(r).tolist() for r in expected]
+    decided = [d for d in compiled_graphs(model)[-1].decisions if d.rule == "cuda_graphs"]
+    assert decided
+    assert all(d.applied for d in decided)
+    if kind != "none":
+        assert stats(model)["skipped_steps"] >= 9
+    if kind == "sparse":
+        ran = [artifact.counters.kernels["block_sparse_attention"] for artifact in newest(model)]
+        assert ran[-1] == ran[-2] > 0
+
+
+def newest(model: Any) -> list[Any]:
+    from ditopt.runtime.counters import _artifacts_of
+
+    found = [artifact for artifact in _artifacts_of(model) if artifact.counters.calls]
+    return sorted(found, key=lambda artifact: artifact.counters.calls)
+
+
+def test_a_step_is_one_launch() -> None:
+    model = small_dit("cuda", torch.bfloat16, width=128)
+    given = arguments(model, size=(32, 32))
+    plan = plan_for(model, given)
+    torch.compiler.reset()
+    fast = torch.compile(model, backend="ditopt", options={"plan": plan, "cuda_graphs": True})
+    timesteps = list(torch.tensor(TIMESTEPS_DIT, device="cuda"))
+    with torch.no_grad():
+        for run in range(3):
+            for call, t in enumerate(timesteps):
+                given["timestep"] = t[None]
+                with session(run, calls=6):
+                    seen = launches(lambda: fast(**given))
+                if run == 2:
+                    assert seen["graphs"] == 1, (call, seen)
+                    assert seen["others"] <= 6, (call, seen)
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_graphs_never_wait_for_the_device() -> None:
+    model = small_dit("cuda", torch.bfloat16, width=128)
+    given = arguments(model, size=(32, 32))
+    plan = plan_for(model, given)
+    torch.compiler.reset()
+    fast = torch.compile(model, backend="ditopt", options={"plan": plan, "cuda_graphs": True})
+    timesteps = list(torch.tensor(TIMESTEPS_DIT, device="cuda"))
+    for run in range(4):
+        if run == 3:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        with session(run, calls=6):
+            sample(fast, given, timesteps)
+    torch.cuda.set_sync_debug_mode("default")
+    assert stats(model)["skipped_steps"] == 12
+
+
+def test_new_weights_are_used() -> None:
+    model = small_dit("cuda", torch.float32)
+    given = arguments(model)
+    torch.compiler.reset()
+    fast = torch.compile(model, backend="ditopt", options={"cuda_graphs": True})
+    with torch.no_grad():
+        for change in ("none", "in_place", "data", "assign"):
+            first = model.blocks[0].down
+            if change == "in_place":
+                first.weight.mul_(1.5)
+                model.blocks[1].to_q.weight.mul_(1.5)  # part of a fused projection
+            elif change == "data":
+                first.weight.data.mul_(1.5)
+            elif change == "assign":
+                state = {name: value * 1.1 for name, value in model.state_dict().items()}
+                model.load_state_dict(state, assign=True)
+                model.requires_grad_(False)
+            for _ in range(4):
+                torch.testing.assert_close(fast(**given), model(**given), rtol=1e-4, atol=1e-5)
+
+
+def test_resolutions_in_turn_and_results_that_are_kept() -> None:
+    model = small_dit("cuda", torch.float32)
+    torch.compiler.reset()
+    fast = torch.compile(model, backend="ditopt", options={"cuda_graphs": True})
+    kept = []
+    with torch.no_grad():
+        for round_ in range(4):
+            for size in ((8, 8), (8, 16), (16, 8)):
+                given = arguments(model, seed=round_, size=size)
+                kept.append((fast(**given), model(**given)))
+    for result, expected in kept:
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        model = small_dit("cuda", torch.float32)
+        torch.compiler.reset()
+        fast = torch.compile(model, backend="ditopt", options={"cuda_graphs": True})
+        for seed in range(4):
+            given = arguments(model, seed=seed)
+            torch.testing.assert_close(fast(**given), model(**given), rtol=1e-4, atol=1e-5)
+
+
+def record(function: Any) -> tuple[Any, list[tuple[bool, str]]]:
+    decisions: list[tuple[bool, str]] = []
+    graphs = CudaGraphs(lambda applied, reason: decisions.append((applied, reason)))
+    return lambda *args: graphs.run("full", function, args, [Hold.COPIED] * len(args)), decisions
+
+
+def test_streams_take_turns() -> None:
+    def slow(values: Any) -> Any:
+        x = values[0]
+        for _ in range(50):
+            x = x @ x
+            x = x / x.norm()
+        return x
+
+    run, _ = record(slow)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    inputs = [torch.randn(512, 512, device="cuda") for _ in range(12)]
+    expected = [slow([x]) for x in inputs]
+    torch.cuda.synchronize()
+    results = []
+    for n, x in enumerate(inputs):
+        with torch.cuda.stream(streams[n % 3]):
+            results.append(run(x))
+    torch.cuda.synchronize()
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_threads_take_turns() -> None:
+    run, _ = record(lambda values: values[0] * 2 + 1)
+    wrong = []
+
+    def work(number: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for n in range(50):
+                x = torch.full((4096,), float(1000 * number + n), device="cuda")
+                result = run(x)
+                if not torch.equal(result, x * 2 + 1):
+                    wrong.append((number, n))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_step_that_waits_for_the_device_runs_without_a_graph() -> None:
+    run, decisions = record(lambda values: values[0] * values[0].sum().item())
+    x = torch.ones(4, device="cuda")
+    for n in range(1, 5):
+        assert run(n * x).tolist() == [4.0 * n * n] * 4
+    ((applied, reason),) = decisions
+    assert not applied
+    assert "it waits for the device, at test_cuda.py" in reason
+
+
+def test_a_failed_recording_harms_nothing() -> None:
+    def waits(values: Any) -> Any:
+        torch.cuda.synchronize()  # the rehearsal cannot see this one
+        return values[0] + 1
+
+    run, decisions = record(waits)
+    x, stream = torch.ones(4, device="cuda"), torch.cuda.current_stream()
+    for n in range(4):
+        assert run(n * x).tolist() == [n + 1.0] * 4
+    assert [applied for applied, _ in decisions] == [False]
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    run, decisions = record(lambda values: values[0] + 1)
+    for n in range(4):
+        assert run(n * x).tolist() == [n + 1.0] * 4
+    assert [applied for applied, _ in decisions] == [True]
+
+
+def test_inputs_on_the_cpu_are_declined() -> None:
+    run, decisions = record(lambda values: values[0] * values[1])
+    for n in range(4):
+        assert run(torch.ones(2, device="cuda"), torch.tensor(float(n))).tolist() == [n] * 2
+    assert [reason for _, reason in decisions] == [
+        "a full step runs without a CUDA graph: one of its inputs lies on cpu"
+    ]
