@@ -71,9 +71,7 @@ def _produce(
                 at = [b, h, 0, start]
             else:
                 at = [b, h, start, 0]
-            tma.async_copy_global_to_shared(
-                descs[2], at, bars[4].index(slot), smem[2].index(slot)
-            )
+            tma.async_copy_global_to_shared(descs[2], at, bars[4].index(slot), smem[2].index(slot))
             it += 1
     q_slot = nth % Q_STAGES
     mbarrier.wait(bars[1].index(q_slot), ((nth // Q_STAGES) & 1) ^ 1)
@@ -119,11 +117,26 @@ def _operand(p32, dtype: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constex
 
 
 @gluon.jit
+def _scale(k_scales, block_id, key_blocks):
+    """A key block's scale; an id out of range reads another's."""
+    return gl.load(k_scales + gl.minimum(gl.maximum(block_id, 0), key_blocks - 1))
+
+
+@gluon.jit
+def _softmax(x, row_scale, m, norm, OFFSET: gl.constexpr):
+    """(probabilities, new maximum, new sum, factor of what was summed before), in log2 units."""
+    m_new = gl.maximum(m, gl.max(x, 1) * row_scale)
+    alpha = gl.exp2(m - m_new)
+    p = gl.exp2(x * row_scale[:, None] - (m_new - OFFSET)[:, None])
+    return p, m_new, norm * alpha + gl.sum(p, 1), alpha
+
+
+@gluon.jit
 def _consume(
     descs, smem, tile_smem, bars, work, scales, lse_ptr, n_q, n_k, key_blocks,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, V_BYTES: gl.constexpr,
-    OVERLAP: gl.constexpr, PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr, PART: gl.constexpr,
+    EARLY: gl.constexpr, PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     out_type: gl.constexpr = descs[3].dtype
     p_type: gl.constexpr = descs[2].dtype
@@ -149,85 +162,64 @@ def _consume(
         q = smem[0].index(q_slot * CONSUMERS + PART).reshape([64, D])
         first_row = (block * CONSUMERS + PART) * 64
         offs_m = first_row + gl.arange(0, 64, rows)
-        q_scale = gl.load(scales[0] + bh * n_q + offs_m, mask=offs_m < n_q, other=0.0)
+        q_scale = gl.load(scales[0] + bh * n_q + offs_m, mask=offs_m < n_q, other=1.0)
         k_scales = scales[1] + bh * key_blocks
         o = gl.zeros([64, D], gl.float32, o_layout)
-        m = gl.zeros([64], gl.float32, rows)
+        m = gl.full([64], -1e30, gl.float32, rows)  # finite: a block without keys leaves it
         norm = gl.zeros([64], gl.float32, rows)
         zero = gl.zeros([64, BLOCK_N], gl.int32, s_layout)
         if count > 0:
             block_id = gl.load(ids + count - 1)
-            scale = gl.load(k_scales + gl.minimum(gl.maximum(block_id, 0), key_blocks - 1))
-            following = gl.load(ids + gl.maximum(count - 2, 0))
+            scale = _scale(k_scales, block_id, key_blocks)
+            block_id_next = gl.load(ids + gl.maximum(count - 2, 0))
             mbarrier.wait(k_full.index(it % STAGES), (it // STAGES) & 1)
             s = _scores(q, smem, it % STAGES, zero, BLOCK_N, D)
             s = warpgroup_mma_wait(0, (s,))
             mbarrier.arrive(k_empty.index(it % STAGES), count=1)
             offs = block_id * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
             x = gl.where(((offs >= 0) & (offs < n_k))[None, :], s.to(gl.float32), float("-inf"))
-            row_scale = q_scale * scale
-            m = gl.max(x, 1)
-            m = gl.where(m == float("-inf"), 0.0, m * row_scale)
-            p32 = gl.where(
-                x == float("-inf"), 0.0, gl.exp2(x * row_scale[:, None] - (m - OFFSET)[:, None])
-            )
-            norm = gl.sum(p32, 1)
-            p = _operand(p32, p_type, BLOCK_N, p_layout)
-            alpha = gl.zeros([64], gl.float32, rows)
-            scale = gl.load(k_scales + gl.minimum(gl.maximum(following, 0), key_blocks - 1))
-            ahead = it + 1
-            mbarrier.wait(k_full.index(ahead % STAGES), (ahead // STAGES) & 1, count > 1)
             for j in range(1, count):
-                ahead = it + 1
                 slot = it % STAGES
-                following = gl.load(ids + gl.maximum(count - 2 - j, 0))
+                ahead = it + 1
+                scale_next = _scale(k_scales, block_id_next, key_blocks)
+                block_id_next = gl.load(ids + gl.maximum(count - 2 - j, 0))
+                mbarrier.wait(k_full.index(ahead % STAGES), (ahead // STAGES) & 1)
+                if EARLY:
+                    s = _scores(q, smem, ahead % STAGES, zero, BLOCK_N, D)
+                p32, m, norm, alpha = _softmax(x, q_scale * scale, m, norm, OFFSET)
+                p = _operand(p32, p_type, BLOCK_N, p_layout)
+                if V_BYTES == 2:
+                    o = o * gl.convert_layout(alpha, o_rows)[:, None]
                 if PINGPONG:
                     mbarrier.wait(turn.index(PART), turns & 1)
                     turns += 1
-                s = _scores(q, smem, ahead % STAGES, zero, BLOCK_N, D)
+                if not EARLY:
+                    s = _scores(q, smem, ahead % STAGES, zero, BLOCK_N, D)
                 mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
                 t = _values(p, smem, slot, o, BLOCK_N, D, V_BYTES)
                 if PINGPONG:
                     mbarrier.arrive(turn.index(1 - PART), count=1)
-                if OVERLAP:
-                    s = warpgroup_mma_wait(1, (s,))
-                    mbarrier.arrive(k_empty.index(ahead % STAGES), count=1)
+                s, t = warpgroup_mma_wait(0, (s, t))
+                mbarrier.arrive(k_empty.index(ahead % STAGES), count=1)
+                mbarrier.arrive(v_empty.index(slot), count=1)
+                if V_BYTES == 2:
+                    o = t
                 else:
-                    s, t = warpgroup_mma_wait(0, (s, t))
-                    mbarrier.arrive(k_empty.index(ahead % STAGES), count=1)
-                    mbarrier.arrive(v_empty.index(slot), count=1)
                     o = o * gl.convert_layout(alpha, o_rows)[:, None] + t
                 x = s.to(gl.float32)
-                row_scale = q_scale * scale
-                scale = gl.load(k_scales + gl.minimum(gl.maximum(following, 0), key_blocks - 1))
-                m_new = gl.maximum(m, gl.max(x, 1) * row_scale)
-                alpha_new = gl.exp2(m - m_new)
-                m = m_new
-                p32 = gl.exp2(x * row_scale[:, None] - (m - OFFSET)[:, None])
-                norm = norm * alpha_new + gl.sum(p32, 1)
-                p_next = _operand(p32, p_type, BLOCK_N, p_layout)
-                # The wait on a barrier keeps ptxas from moving the next wait up: see `gluon`.
-                after = it + 2
-                mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, j + 1 < count)
-                p = p_next
-                if OVERLAP:
-                    t = warpgroup_mma_wait(0, (t,))
-                    mbarrier.arrive(v_empty.index(slot), count=1)
-                if V_BYTES == 1:
-                    if OVERLAP:
-                        o = o * gl.convert_layout(alpha, o_rows)[:, None] + t
-                    alpha = alpha_new
-                else:
-                    o = t * gl.convert_layout(alpha_new, o_rows)[:, None]
+                scale = scale_next
                 it = ahead
+            p32, m, norm, alpha = _softmax(x, q_scale * scale, m, norm, OFFSET)
+            p = _operand(p32, p_type, BLOCK_N, p_layout)
+            o = o * gl.convert_layout(alpha, o_rows)[:, None]
             mbarrier.wait(v_full.index(it % STAGES), (it // STAGES) & 1)
             t = _values(p, smem, it % STAGES, o, BLOCK_N, D, V_BYTES)
             t = warpgroup_mma_wait(0, (t,))
             mbarrier.arrive(v_empty.index(it % STAGES), count=1)
-            if V_BYTES == 1:
-                o = o * gl.convert_layout(alpha, o_rows)[:, None] + t
-            else:
+            if V_BYTES == 2:
                 o = t
+            else:
+                o = o + t
             it += 1
         mbarrier.arrive(q_empty.index(q_slot), count=1)
         inverse = 1.0 / gl.where(norm == 0.0, 1.0, norm)
@@ -266,7 +258,7 @@ def _forward(
     heads, tiles_per_head, tiles, width, programs, n_q, n_k, key_blocks,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, V_BYTES: gl.constexpr,
-    OVERLAP: gl.constexpr, PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr,
+    EARLY: gl.constexpr, PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     q = _ring(q_desc, CONSUMERS * Q_STAGES, 64, D)
     k = _ring(k_desc, STAGES, BLOCK_N, D)
@@ -296,12 +288,12 @@ def _forward(
             (_consume, (
                 descs, smem, tile_smem, bars, work, scales, lse_ptr, n_q, n_k, key_blocks,
                 CONSUMERS, TILES_PER_ROW, BLOCK_N, D, STAGES, Q_STAGES, V_BYTES,
-                OVERLAP, PINGPONG, HAS_LSE, gl.constexpr(0),
+                EARLY, PINGPONG, HAS_LSE, gl.constexpr(0),
             )),
             (_consume, (
                 descs, smem, tile_smem, bars, work, scales, lse_ptr, n_q, n_k, key_blocks,
                 CONSUMERS, TILES_PER_ROW, BLOCK_N, D, STAGES, Q_STAGES, V_BYTES,
-                OVERLAP, PINGPONG, HAS_LSE, gl.constexpr(1),
+                EARLY, PINGPONG, HAS_LSE, gl.constexpr(1),
             )),
             (_produce, (
                 descs, smem, tile_smem, bars, work,
