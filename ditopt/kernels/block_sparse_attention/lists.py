@@ -62,8 +62,8 @@ class Transposed(NamedTuple):
 def pack_bits(bits: Tensor) -> Tensor:
     """Bool [..., n] as int32 [..., ceil(n / 32)], lowest bit first."""
     missing = -bits.shape[-1] % WORD
-    words = torch.nn.functional.pad(bits, (0, missing)).unflatten(-1, (-1, WORD)).long()
-    packed = (words << torch.arange(WORD, device=bits.device)).sum(-1)
+    words = torch.nn.functional.pad(bits, (0, missing)).reshape(*bits.shape[:-1], -1, WORD).long()
+    packed: Tensor = (words << torch.arange(WORD, device=bits.device)).sum(-1)
     return (packed - ((packed >> 31) << 32)).int()  # bit 31 is the sign
 
 
@@ -144,7 +144,7 @@ def from_token_mask(
     counts, ids = from_blocks(full, max(1, int(full.sum(-1).max())))
     if not bool(partial.any()):
         return counts, ids, None
-    masks, which = pack_bits(some[partial]).unique(dim=0, return_inverse=True)
+    masks, which = torch.unique(pack_bits(some[partial]), dim=0, return_inverse=True)
     numbers = torch.zeros(partial.shape, dtype=torch.int32, device=mask.device)
     numbers[partial] = which.int()
     partial_counts, partial_ids = from_blocks(partial, int(partial.sum(-1).max()))
@@ -159,7 +159,9 @@ def _pad(mask: Tensor, block_q: int, block_k: int, *, value: bool) -> Tensor:
     """
     missing = (0, -mask.shape[3] % block_k, 0, -mask.shape[2] % block_q)
     mask = torch.nn.functional.pad(mask, missing, value=value)
-    return mask.unflatten(2, (-1, block_q)).unflatten(4, (-1, block_k)).transpose(3, 4)
+    batch, heads, rows, columns = mask.shape
+    blocks = mask.view(batch, heads, rows // block_q, block_q, columns // block_k, block_k)
+    return blocks.transpose(3, 4)
 
 
 def transpose(counts: Tensor, ids: Tensor, key_blocks: int) -> Transposed:

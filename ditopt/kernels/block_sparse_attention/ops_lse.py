@@ -3,8 +3,8 @@
 `ops` has the operator that passes write: lists of full blocks in, attention out. This one also
 takes what `reference` calls optional, returns the natural-log LSE and can be differentiated; its
 backward is an operator too, so both can stand in compiled graphs. CUDA runs `triton` and
-`triton_backward` (forward without options: what `ops` runs), the CPU runs `reference`, whose place
-a loop of Python takes: it is there to be right. float64 runs the reference everywhere.
+`triton_backward` (forward without options: what `ops` runs), the CPU runs `reference`, a
+loop in Python that is there to be right; so does CUDA where `reason_to_decline_triton` says why.
 
 Outputs and gradients lie in memory as [B, N, H, D]; the LSE is contiguous, float32 (float64 for
 float64). Options travel as ten tensors or None: an operator's schema has no tuples.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import FLOAT_DTYPES
 from .lists import Partial, Pooled
 from .ops import empty_output
 
@@ -39,6 +40,7 @@ torch.library.define(
     "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_LISTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+MAX_HEAD_SIZE = 128
 _INPUTS = 18  # of the forward operator
 Flat = tuple[Tensor | None, ...]
 Structured = tuple[Partial | None, Tensor | None, Tensor | None, Pooled | None]
@@ -68,22 +70,38 @@ def _gradient_like(x: Tensor) -> Tensor:
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lists, options = rest[:5], structured(rest[5:])
-    out, lse = reference.block_sparse_attention_with_lse(q, k, v, *lists, *options)
+    both: Any = (*rest[:5], *structured(rest[5:]))
+    out, lse = reference.block_sparse_attention_with_lse(q, k, v, *both)
     return empty_output(q, v).copy_(out), lse
 
 
+def reason_to_decline_triton(q: Tensor, block_q: int, block_k: int) -> str | None:
+    """Why the Triton kernels cannot run a call, or None where they can."""
+    if q.device.type != "cuda":
+        return f"needs q on a CUDA device, got {q.device}"
+    if q.dtype not in FLOAT_DTYPES:
+        return f"takes float16, bfloat16 and float32, q is {q.dtype}"
+    if q.shape[3] % 8 or not 16 <= q.shape[3] <= MAX_HEAD_SIZE:
+        return f"takes 16 to {MAX_HEAD_SIZE} channels in multiples of 8, got {q.shape[3]}"
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block < 16 or block & (block - 1):
+            return f"takes powers of two of at least 16 as {name}, got {block}"
+    return None
+
+
 def _cuda(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if q.dtype == torch.float64:
+    if reason_to_decline_triton(q, *rest[2:4]):
         return _reference(q, k, v, *rest)
     from . import hopper, triton  # Triton is imported on the first launch only
 
-    lists, options = rest[:5], rest[5:]
+    lists: Any = rest[:5]
+    options: Any = rest[5:]
     plain = all(option is None for option in options)
     if plain and hopper.reason_to_decline(q, lists[2], lists[3]) is None:
         out, lse = hopper.forward(q, k, v, *lists, return_lse=True)
     else:
-        out, lse = triton.forward(q, k, v, *lists, *structured(options), return_lse=True)
+        both: Any = (*lists, *structured(options))
+        out, lse = triton.forward(q, k, v, *both, return_lse=True)
     assert lse is not None
     return out, lse
 
@@ -94,8 +112,8 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
-    options = structured(args[12:])
-    grads = reference.backward(*args[:12], *options)
+    structured_args: Any = (*args[:12], *structured(args[12:]))
+    grads = reference.backward(*structured_args)
     q = args[2]
     return tuple(
         q.new_empty(0) if grad is None else _gradient_like(grad).copy_(grad) for grad in grads
@@ -103,11 +121,12 @@ def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _cuda_backward(*args: Any) -> tuple[Tensor, ...]:
-    if args[2].dtype == torch.float64:
+    if reason_to_decline_triton(args[2], *args[9:11]):
         return _reference_backward(*args)
     from . import triton_backward
 
-    return triton_backward.backward(*args[:12], *structured(args[12:]))
+    structured_args: Any = (*args[:12], *structured(args[12:]))
+    return triton_backward.backward(*structured_args)
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:

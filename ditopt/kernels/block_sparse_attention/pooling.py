@@ -40,19 +40,19 @@ def _place_weights(n: int, block: int, lengths: Tensor | None, device: torch.dev
     return exists
 
 
-@torch.library.impl(_NAME, "cpu")
-def _torch(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
+def _means(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     exists = _place_weights(x.shape[2], block, lengths, x.device)
-    blocks = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+    blocks = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block)).contiguous()
+    blocks = blocks.view(*x.shape[:2], -1, block, x.shape[-1])
     total = torch.where(exists[..., None], blocks.to(accumulate), 0.0).sum(3)
-    return (total / exists.sum(-1).clamp(min=1)[:, None]).to(x.dtype)
+    means: Tensor = total / exists.sum(-1).clamp(min=1)[:, None]
+    return means.to(x.dtype)
 
 
-@torch.library.impl(_NAME, "cuda")
 def _cuda(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
     if x.dtype == torch.float64:
-        return _torch(x, block, lengths)
+        return _means(x, block, lengths)
     from . import triton_means  # Triton is imported on the first launch only
 
     return triton_means.block_means(x, block, lengths)
@@ -63,6 +63,8 @@ def _fake(x: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
     return x.new_empty(batch, heads, (n + block - 1) // block, d)
 
 
+torch.library.impl(_NAME, "cpu", _means)
+torch.library.impl(_NAME, "cuda", _cuda)
 torch.library.register_fake(_NAME, _fake)
 
 

@@ -114,9 +114,7 @@ def _gather(x: Tensor, extra: Tensor | None, rows: _Rows, dtype: torch.dtype) ->
     return torch.cat([tokens, extra[b, h].index_select(0, rows.pooled).to(dtype)])
 
 
-def _softmax(
-    q: Tensor, keys: Tensor, bias: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _softmax(q: Tensor, keys: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Weights [M, T] and natural log-sum-exp [M]; rows that see nothing are zero and -inf."""
     scores = (q @ keys.T) * scale + bias
     lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.sum(-1) - float("inf")

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -30,12 +30,10 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .configs import PlainConfig, plain_config
-from .lists import Partial, Pooled
 from .ops import empty_output
 from .ops_lse import structured
 from .triton_tiles import (
     accumulate,
-    aligned,
     eighths,
     entry_tokens,
     existing,
@@ -47,6 +45,10 @@ from .triton_tiles import (
     strides,
     test_bits,
 )
+from .triton_tiles import aligned as aligned
+
+if TYPE_CHECKING:
+    from .lists import Partial, Pooled
 
 
 @triton.jit
@@ -105,9 +107,9 @@ def _forward(
     row = pid_m // (BLOCK_Q // BLOCK_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     in_q = offs_m < n_q
-    # NOTE: strides of q, k and v (and of what is pooled) come in units of 8 elements, so that the compiler knows that rows
-    # start at multiples of 16 bytes. Where it did not, D = 72 mixed pipelined with plain loads in
-    # one loop, and the program (triton 3.6.0) ended in an illegal memory access.
+    # NOTE: strides of q, k, v and pooled tokens come in units of 8 elements, so that the compiler
+    # knows that rows start at multiples of 16 bytes. Where it did not, D = 72 mixed pipelined with
+    # plain loads in one loop, and the program (triton 3.6.0) ended in an illegal memory access.
     q_ptr += b * (stride_qb * 8) + h * (stride_qh * 8)
     k_ptr += b * (stride_kb * 8) + h * (stride_kh * 8)
     v_ptr += b * (stride_vb * 8) + h * (stride_vh * 8)
@@ -336,10 +338,9 @@ def plain_with_lse(
     pooled_bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same for every option of `ops_lse`; forward only."""
-    options = structured(
-        (partial_num_blocks, partial_indices, partial_mask_ids, masks, block_lengths, key_bias)
-        + (pooled_k, pooled_v, pooled_bias, pooled_bits)
-    )
+    partial = (partial_num_blocks, partial_indices, partial_mask_ids, masks)
+    pooled = (pooled_k, pooled_v, pooled_bias, pooled_bits)
+    options = structured((*partial, block_lengths, key_bias, *pooled))
     lists = (kv_num_blocks, kv_indices, block_q, block_k, scale)
     launcher = wrap_triton(_forward)
     out, lse = forward(q, k, v, *lists, *options, return_lse=True, launcher=launcher)

@@ -15,14 +15,13 @@ Source: FlashAttention-2, arXiv 2307.08691, and LLSA's transposed lists, arXiv 2
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lists import Partial, Pooled
 from .ops import empty_output
 from .triton_lists import transpose
 from .triton_tiles import (
@@ -41,6 +40,9 @@ from .triton_tiles import (
     test_bits,
 )
 
+if TYPE_CHECKING:
+    from .lists import Partial, Pooled
+
 
 @triton.jit
 def _query_step(
@@ -48,7 +50,7 @@ def _query_step(
     bias, qk_scale,
     MASK: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """dq += ds k of one key tile; without the scale."""
+    """Adds ds k of one key tile to dq, without the scale."""
     k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
     s = inner(q1, q2, k1, k2, D2, IEEE) * qk_scale
     if MASK:
@@ -184,7 +186,7 @@ def _key_step(
     MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """dk += ds^T q (without the scale) and dv += p^T do of one query tile."""
+    """Adds ds^T q of one query tile to dk, without the scale, and p^T do to dv."""
     in_q = offs_m < n_q
     q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm, D, D1, D2)
     g1, g2 = load_tile(g_ptr, offs_m, in_q, stride_gm, D, D1, D2)
@@ -376,7 +378,8 @@ def backward(
     }  # fmt: skip
     _grad_keys[(key_blocks * (block_k // for_keys.block_n), batch * heads)](
         k_ptr=k, v_ptr=v, dk_ptr=dk, dv_ptr=dv, n_k=k.shape[2],
-        **eighths("k", k), **eighths("v", v), **strides("dk", dk, "bhn"), **strides("dv", dv, "bhn"),
+        **eighths("k", k), **eighths("v", v),
+        **strides("dk", dk, "bhn"), **strides("dv", dv, "bhn"),
         **entries, **rest, lengths_ptr=arguments["lengths_ptr"], bias_ptr=arguments["bias_ptr"],
         **strides("b", per_head(key_bias, batch, heads), "bh"),
         bits_ptr=None, **strides("w", None, "bhq"), **common,

@@ -1,6 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 """Transposed lists in Triton: count, scan, scatter; equals `lists.transpose`, waits for nothing.
 
 Query blocks are dealt to at most `CHUNKS` programs a head, each with counters of its own, so that

@@ -1,6 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 """Block means in Triton: one program a block, reads x once; see `pooling.block_means`."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # Kernels are another language: their parameters have no Python types and constexprs are upper case.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 """What the plain Triton kernels share: tiles of rows, list entries, bits, head sizes in two parts.
 
 A head size D that is no power of two is D1 + D2 channels (72 = 64 + 16, 96 = 64 + 32), so that
@@ -11,12 +11,15 @@ queries is guarded by its position, so no id reads outside the tensors.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lists import Partial, Pooled
+if TYPE_CHECKING:
+    from .lists import Partial, Pooled
 
 
 @triton.jit
