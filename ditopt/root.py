@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -67,6 +68,19 @@ def frame_prefix(root: nn.Module, names: Iterable[tuple[str, torch.Tensor]]) -> 
 
 def _tensor_ids(module: nn.Module) -> set[int]:
     return {id(t) for tensors in (module.parameters(), module.buffers()) for t in tensors}
+
+
+def continued_from() -> str | None:
+    """Where the graph break is that the graph under compilation comes after; None without one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        code = InstructionTranslator.current_tx().f_code
+    except AttributeError:  # not called by Dynamo
+        return None
+    if not code.co_name.startswith("torch_dynamo_resume_in_"):
+        return None
+    return f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
 
 
 def offload_hook(root: nn.Module) -> str | None:

@@ -7,11 +7,13 @@ PyTorch and the reference kernels.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -103,6 +105,22 @@ def _parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     return parsed.model_copy(update={"inductor": inductor, "cuda_graphs": graphs})
 
 
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Python's cycle collector waits: a graph is many small objects, and none of them is garbage.
+
+    With Dynamo's objects around, each full collection takes a good part of a second.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_gc()
 def compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, backend_name: str
 ) -> Callable[..., Any]:
@@ -115,7 +133,7 @@ def compile_graph(
     from ditopt.capture import capture
     from ditopt.linker import Linker
     from ditopt.pipeline import BACKENDS
-    from ditopt.root import find_root
+    from ditopt.root import continued_from, find_root
     from ditopt.sites import find_sites
 
     started = time.perf_counter()
@@ -139,6 +157,10 @@ def compile_graph(
         log.debug("capture failed", exc_info=True)
         return _fall_back(gm, example_inputs, record, reason, options, backend_name)
     record.decisions += captured.decisions
+    broken = continued_from() or captured.prefix
+    if broken:
+        reason = f"a graph break in {broken} splits the model: its steps cannot be cached"
+        record.decisions.append(Decision("model", "one_graph", False, reason))
     record.pieces = [(piece.kind, piece.path) for piece in captured.pieces]
     record.attention, record.linear = find_sites(captured)
     record.seconds["capture"] = time.perf_counter() - started

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -205,3 +207,44 @@ def test_strict_turns_a_decline_into_an_error(tiny, x):
     compiled = torch.compile(tiny, backend="ditopt_eager", options={"strict": True})
     with pytest.raises(Exception, match="training: gradients are enabled"):
         compiled(x)
+
+
+class Breaking(Tiny):
+    """The same model, with a graph break between the blocks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks[0](x)
+        torch._dynamo.graph_break()
+        return self.blocks[1](x)
+
+
+def test_a_graph_break_is_told(x):
+    torch.manual_seed(0)
+    model = Breaking().eval()
+    with torch.no_grad():
+        expected = model(x)
+        result = torch.compile(model, backend="ditopt_eager")(x)
+    assert torch.equal(result, expected)
+    first, second = compiled_graphs(model)
+    assert not [d for d in first.decisions if d.rule == "one_graph"]
+    (told,) = [d for d in second.decisions if d.rule == "one_graph"]
+    assert not told.applied
+    assert told.reason.startswith("a graph break in test_torch_backend.py, line ")
+    assert told.reason.endswith(" splits the model: its steps cannot be cached")
+
+
+def test_strict_refuses_a_graph_break(x):
+    model = Breaking().eval()
+    with torch.no_grad(), pytest.raises(Exception, match="a graph break in test_torch_backend"):
+        torch.compile(model, backend="ditopt_eager", options={"strict": True})(x)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was(tiny, x, enabled):
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with torch.no_grad():
+            torch.compile(tiny, backend="ditopt_eager")(x)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
