@@ -13,16 +13,27 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from ditopt.graph import attribute, output_nodes, placeholders
+from ditopt.graph import attribute, fake_value, output_nodes, placeholders
+from ditopt.symbols import has_hint, hint
 
 Extra = Callable[[Sequence[Any]], Any]
 
 MAX_TOGETHER = 3
 """Most pieces of a repetition in one program: compile time grows with it, lost fusions shrink."""
+
+HEAVY = 1 << 25
+"""Elements of a block's largest result (32,768 tokens of width 1,024) from which it stays single.
+
+Such a block takes many milliseconds. The additions and norms that a cut leaves unfused are then a
+third of a percent of it (measured on 32,760 tokens of width 1,536), and three blocks in one program
+cost two more seconds of compilation.
+"""
 
 MIN_SHARED = 12
 """Programs that cutting must save, else the model is compiled whole.
@@ -52,8 +63,23 @@ class Part:
     kernels: int
 
 
-def spans(keys: Sequence[Hashable], *, min_shared: int = MIN_SHARED) -> list[range]:
+def most_together(parts: Sequence[Part]) -> int:
+    """How many pieces of a repetition are worth one program."""
+    results = (fake_value(node) for part in parts for node in output_nodes(part.gm))
+    shapes = (x.shape for x in results if isinstance(x, torch.Tensor))
+    sizes = [prod(map(hint, shape)) for shape in shapes if all(map(has_hint, shape))]
+    return 1 if max(sizes, default=0) >= HEAVY else MAX_TOGETHER
+
+
+def spans(
+    keys: Sequence[Hashable], most: int = MAX_TOGETHER, *, min_shared: int = MIN_SHARED
+) -> list[range]:
     """Which consecutive parts to join, so that repetitions still share programs.
+
+    Args:
+        keys: of the parts; equal ones can share a program.
+        most: pieces of a repetition to join at most.
+        min_shared: see `MIN_SHARED`.
 
     What is left over of a repetition joins the parts before it, which have a program of their own
     anyway.
@@ -64,7 +90,7 @@ def spans(keys: Sequence[Hashable], *, min_shared: int = MIN_SHARED) -> list[ran
     start = position = 0
     while position < len(keys):
         period, times = _repetition(keys, position)
-        together = max(1, MAX_TOGETHER // period)
+        together = max(1, most // period)
         groups, left_over = divmod(times, together)
         if times < 2 or groups < 1:
             position += period * times

@@ -26,6 +26,11 @@ def hint(size: Any) -> int:
     return int(size)
 
 
+def has_hint(size: Any) -> bool:
+    """Whether that is known; a size that depends on data has none."""
+    return not isinstance(size, torch.SymInt) or size.node.has_hint()
+
+
 def is_symbolic(size: Any) -> bool:
     """Whether a size may differ from call to call."""
     return isinstance(size, torch.SymInt) and not size.node.is_constant()

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ditopt.graph import placeholders
-from ditopt.join import MAX_TOGETHER, MIN_SHARED, Part, join, spans
+from ditopt.join import MAX_TOGETHER, MIN_SHARED, Part, join, most_together, spans
 
 
 def lengths(keys: str) -> list[int]:
@@ -49,6 +50,21 @@ def test_spans_keep_the_number_of_programs_small(blocks: int) -> None:
     assert len(programs) <= len(set(keys))
     if len(keys) - len(set(keys)) >= MIN_SHARED:
         assert max(len(span) for span in spans(keys)) <= MAX_TOGETHER
+
+
+@pytest.mark.parametrize(("most", "programs"), [(1, 32), (2, 17), (3, 12)])
+def test_blocks_that_take_long_stay_single(most: int, programs: int) -> None:
+    assert len(spans("p" + "b" * 30 + "s", most)) == programs
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(32_767, MAX_TOGETHER), (32_768, 1)])
+def test_long_is_told_by_the_size_of_the_results(tokens: int, most: int) -> None:
+    one = part("a", (0,), (1,))
+    with FakeTensorMode():
+        value = torch.empty(1, tokens, 1024, dtype=torch.bfloat16)
+    for node in one.gm.graph.nodes:
+        node.meta["val"] = value
+    assert most_together([one]) == most
 
 
 def part(
