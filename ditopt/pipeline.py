@@ -23,6 +23,7 @@ from ditopt.files import write_text
 from ditopt.graph import fake_value, output_nodes, placeholders, readable, verify
 from ditopt.passes.fuse_heads import FuseHeads
 from ditopt.passes.fuse_projections import FuseProjections
+from ditopt.passes.reorder_tokens import ReorderTokens
 from ditopt.passes.select_blocks_online import SelectBlocksOnline
 from ditopt.passes.select_sparse_pattern import SelectSparsePattern
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 PIPELINE: tuple[Pass, ...] = (
     FuseProjections(),
+    ReorderTokens(),
     SelectSparsePattern(),
     FuseHeads(),
     SelectBlocksOnline(),

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ditopt.config import Options
 
 
+EXECUTOR = "ditopt_executor"
+"""Key in a node's meta: the executor that a backend is to lower a block-sparse attention to."""
+
+
 @dataclass(frozen=True)
 class FusedWeight:
     """Several weights in one: the graph's inputs at `positions`, concatenated on axis 0."""
@@ -40,6 +44,14 @@ class ForcedBlocks:
 
 
 @dataclass(frozen=True)
+class TokenPermutation:
+    """The order of tokens, or its inverse, in the sequence of the attention at `node`."""
+
+    node: str
+    inverse: bool
+
+
+@dataclass(frozen=True)
 class NodeDecision:
     """A decision about a node of a body; it is repeated for each block that shares the body."""
 
@@ -50,13 +62,18 @@ class NodeDecision:
 
 @dataclass(frozen=True)
 class SparseChoice:
-    """What the plan says at one attention node: block sizes, and how many heads it names."""
+    """What the plan says at one attention node: block sizes, and how many heads it names.
+
+    `executor` is the one to lower to (empty: the backend's choice); `dense_heads` need no lists.
+    """
 
     block_q: int
     block_k: int
     heads: int
     tokens_q: Any
     tokens_k: Any
+    executor: str = ""
+    dense_heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,7 @@ class OnlineChoice:
     heads: int
     tokens_q: Any
     tokens_k: Any
+    executor: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,8 @@ class PassContext:
         options: of the `torch.compile` call.
         sparse: attention nodes for which the plan asks for block-sparse attention.
         online: attention nodes that choose their blocks from the data.
+        reordered: attention nodes that put their tokens into the plan's order, and why they do so
+            one by one.
         declined: attention nodes for which it asks in vain, with the reason.
         own: positions of the inputs that are the model's own tensors; only these last from call to
             call, so only of these may the runtime keep something derived.
@@ -89,6 +109,7 @@ class PassContext:
     options: Options
     sparse: Mapping[str, SparseChoice] = field(default_factory=dict)
     online: Mapping[str, OnlineChoice] = field(default_factory=dict)
+    reordered: Mapping[str, str] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
     own: frozenset[int] = frozenset()
 

@@ -20,7 +20,14 @@ from torch import fx
 
 from ditopt.graph import fake_value
 from ditopt.kernels.block_selection import ops as _selection  # noqa: F401  (registers operators)
-from ditopt.passes.base import ForcedBlocks, NodeDecision, OnlineChoice, PassContext, add_input
+from ditopt.passes.base import (
+    EXECUTOR,
+    ForcedBlocks,
+    NodeDecision,
+    OnlineChoice,
+    PassContext,
+    add_input,
+)
 from ditopt.passes.select_sparse_pattern import BLOCK_SPARSE, reject
 from ditopt.sites import SDPA, attention_operands
 
@@ -31,7 +38,7 @@ class SelectBlocksOnline:
     """See the module."""
 
     name = "select_blocks_online"
-    after = frozenset({"fuse_projections"})
+    after = frozenset({"fuse_projections", "reorder_tokens"})
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> list[NodeDecision]:
         """Rewrite each attention for which the plan names a selector."""
@@ -64,7 +71,7 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, choice: OnlineChoice) -> None:
         lists = gm.graph.call_function(SELECT, (q, k, forced, *blocks, *rule, scale))
         counts, ids = (gm.graph.call_function(operator.getitem, (lists, part)) for part in (0, 1))
         sparse = gm.graph.call_function(BLOCK_SPARSE, (q, k, v, counts, ids, *blocks, scale))
-    sparse.meta = dict(node.meta)
+    sparse.meta = {**node.meta, EXECUTOR: choice.executor}
     for created in (lists, counts, ids):
         created.meta = {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
     node.replace_all_uses_with(sparse)

@@ -21,7 +21,14 @@ from torch import fx
 
 from ditopt.graph import fake_value
 from ditopt.kernels.block_sparse_attention import ops  # noqa: F401  (registers the operator)
-from ditopt.passes.base import BlockLists, NodeDecision, PassContext, SparseChoice, add_input
+from ditopt.passes.base import (
+    EXECUTOR,
+    BlockLists,
+    NodeDecision,
+    PassContext,
+    SparseChoice,
+    add_input,
+)
 from ditopt.sites import SDPA, attention_operands, is_causal
 
 aten = torch.ops.aten
@@ -32,7 +39,7 @@ class SelectSparsePattern:
     """See the module."""
 
     name = "select_sparse_pattern"
-    after = frozenset({"fuse_projections"})
+    after = frozenset({"fuse_projections", "reorder_tokens"})
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> list[NodeDecision]:
         """Rewrite each attention that the plan names."""
@@ -83,11 +90,17 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, choice: SparseChoice) -> None:
     with gm.graph.inserting_before(node):
         heads = []
         for head in range(choice.heads):
+            dense = head in choice.dense_heads
             parts = tuple(
-                gm.graph.call_function(aten.slice.Tensor, (x, 1, head, head + 1)) for x in operands
+                gm.graph.call_function(aten.slice.Tensor, (x, 1, head, head + 1))
+                for x in (operands[:3] if dense else operands)
             )
-            arguments: tuple[Any, ...] = (*parts, choice.block_q, choice.block_k, scale)
-            heads.append(gm.graph.call_function(BLOCK_SPARSE, arguments))
+            if dense:
+                heads.append(gm.graph.call_function(SDPA, parts, {"scale": scale}))
+            else:
+                arguments: tuple[Any, ...] = (*parts, choice.block_q, choice.block_k, scale)
+                heads.append(gm.graph.call_function(BLOCK_SPARSE, arguments))
+                heads[-1].meta[EXECUTOR] = choice.executor
         joined = gm.graph.call_function(aten.cat.default, (heads, 1))
     stack = node.meta.get("nn_module_stack")
     for created in (*heads, joined, *(part for head in heads for part in head.all_input_nodes)):

@@ -81,6 +81,7 @@ def test_the_shipped_order_holds() -> None:
     check_order(PIPELINE)
     assert [step.name for step in PIPELINE] == [
         "fuse_projections",
+        "reorder_tokens",
         "select_sparse_pattern",
         "fuse_heads",
         "select_blocks_online",
