@@ -11,7 +11,14 @@ from ditopt.errors import PlanError, did_you_mean
 
 if TYPE_CHECKING:
     from ditopt.layout import TokenLayout
-    from ditopt.plan.schema import Cache, ModelRecord, Phase, Sampler, SiteRecord
+    from ditopt.plan.schema import (
+        Cache,
+        LinearRecord,
+        ModelRecord,
+        Phase,
+        Sampler,
+        SiteRecord,
+    )
 
 
 class SiteLike(Protocol):
@@ -111,6 +118,18 @@ def check_rules(
                 raise PlanError(
                     f"phases[{number}].selectors[{site_id!r}]: needs `layout`, which is null"
                 )
+
+
+def check_linear_rules(phases: Sequence[Phase], linears: Sequence[LinearRecord]) -> None:
+    """Rules about linear layers name recorded ones."""
+    known = {linear.id for linear in linears}
+    if len(known) != len(linears):
+        raise PlanError("model.linears: an id stands twice; ids are unique")
+    for number, phase in enumerate(phases):
+        for site_id in phase.linear:
+            if site_id not in known:
+                field = f"phases[{number}].linear[{site_id!r}]"
+                raise PlanError(f"{field}: no such site", remedy=did_you_mean(site_id, known))
 
 
 def _check_selector(

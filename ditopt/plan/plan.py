@@ -72,6 +72,7 @@ class Plan(BaseModel):
         checks.check_sampler(self.sampler)
         checks.check_phases(self.phases, self.sampler.calls)
         checks.check_rules(self.phases, self.model.sites, self.layout)
+        checks.check_linear_rules(self.phases, self.model.linears)
         if self.cache is not None:
             checks.check_cache(self.cache, self.sampler.calls)
 

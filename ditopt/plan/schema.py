@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from ditopt.errors import PlanError
 from ditopt.patterns import HeadPattern, Selector
+from ditopt.quantization.rule import LinearRule
 
 SUM_TOLERANCE = 1e-6
 """How far from 1 a row of forecast coefficients may sum: room for their rounding."""
@@ -68,6 +69,14 @@ class SiteRecord(_Part):
     head_dim: Count
 
 
+class LinearRecord(_Part):
+    """A linear layer of the profiled model; `id` is its module path."""
+
+    id: Text
+    in_features: Count
+    out_features: Count
+
+
 class ModelRecord(_Part):
     """The model a plan belongs to.
 
@@ -76,12 +85,14 @@ class ModelRecord(_Part):
         weights: sha256 over the values.
         name: the model's class, for people.
         sites: every attention site in execution order.
+        linears: the linear layers that rules may name, in execution order.
     """
 
     architecture: Sha256
     weights: Sha256
     name: Text
     sites: tuple[SiteRecord, ...]
+    linears: tuple[LinearRecord, ...] = ()
 
 
 class Sampler(_Part):
@@ -147,11 +158,13 @@ class Phase(_Part):
         calls: half-open range of the model's own call index, per guidance branch.
         attention: for each site that is not dense, one pattern per head.
         selectors: for each site that chooses its blocks from the data, how; in no other mapping.
+        linear: for each linear layer that is not left alone, its number format.
     """
 
     calls: tuple[Index, Index]
     attention: Annotated[dict[Text, tuple[HeadPattern, ...]], AfterValidator(_by_site)] = {}
     selectors: Annotated[dict[Text, Selector], AfterValidator(_by_site)] = {}
+    linear: Annotated[dict[Text, LinearRule], AfterValidator(_by_site)] = {}
 
 
 class Cache(_Part):
