@@ -4,9 +4,11 @@ from ditopt.runtime.counters import Artifact, Counters, count, invalidate, stats
 from ditopt.runtime.cuda_graphs import CudaGraphs
 from ditopt.runtime.doubts import Doubt
 from ditopt.runtime.forecast import forecast
+from ditopt.runtime.gate import Gate
 from ditopt.runtime.inputs import InputRoles
 from ditopt.runtime.memory import cache_bytes
-from ditopt.runtime.runner import Programs, StepRuntime
+from ditopt.runtime.programs import Programs
+from ditopt.runtime.runner import StepRuntime
 from ditopt.runtime.schedule import StepSchedule
 from ditopt.runtime.session import SessionError, session
 from ditopt.runtime.tracker import TrajectoryTracker
@@ -16,6 +18,7 @@ __all__ = [
     "Counters",
     "CudaGraphs",
     "Doubt",
+    "Gate",
     "InputRoles",
     "Programs",
     "SessionError",

@@ -25,19 +25,25 @@ class Counters:
         full: calls that ran the block stack.
         skipped: calls that forecast it.
         doubts: calls in full compute though the plan says otherwise, by reason.
+        gated: calls that a gate decided about.
+        overridden: those of them that it ran in full.
         kernels: kernel launches by name, as told to `count`.
     """
 
     calls: int = 0
     full: int = 0
     skipped: int = 0
+    gated: int = 0
+    overridden: int = 0
     doubts: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
 
-    def ran(self, *, skipped: bool, doubt: str | None = None) -> None:
-        """Count one completed call."""
+    def ran(self, *, skipped: bool, doubt: str | None = None, gated: bool | None = None) -> None:
+        """Count one completed call; `gated` says whether a gate, if it was asked, overrode."""
         with _lock:
             self.calls += 1
+            self.gated += gated is not None
+            self.overridden += bool(gated)
             if skipped:
                 self.skipped += 1
             else:
@@ -115,8 +121,9 @@ def stats(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, Any]:
 
     Returns:
         `calls`, `full_steps`, `skipped_steps` (numbers of calls of the model), `doubts` (reason to
-        number of calls), `kernels` (name to number of launches) and `compiled` (how many compiled
-        callables were found).
+        number of calls), `gated_steps` and `overridden_steps` (calls that a gate decided about, and
+        those that it ran in full), `kernels` (name to number of launches) and `compiled` (how many
+        compiled callables were found).
     """
     total = Counters()
     found = _artifacts_of(model)
@@ -125,12 +132,16 @@ def stats(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, Any]:
             total.calls += counters.calls
             total.full += counters.full
             total.skipped += counters.skipped
+            total.gated += counters.gated
+            total.overridden += counters.overridden
             total.doubts.update(counters.doubts)
             total.kernels.update(counters.kernels)
     return {
         "calls": total.calls,
         "full_steps": total.full,
         "skipped_steps": total.skipped,
+        "gated_steps": total.gated,
+        "overridden_steps": total.overridden,
         "doubts": {str(reason): n for reason, n in total.doubts.items()},
         "kernels": dict(total.kernels),
         "compiled": len(found),

@@ -7,10 +7,9 @@ and no recompilation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,57 +18,29 @@ from ditopt.errors import PlanError
 from ditopt.runtime.counters import Artifact, activate
 from ditopt.runtime.doubts import Doubt
 from ditopt.runtime.forecast import forecast
-from ditopt.runtime.inputs import InputRoles
+from ditopt.runtime.gate import read
+from ditopt.runtime.history import sources_of
+from ditopt.runtime.programs import (
+    Forecast,
+    Full,
+    Programs,
+    Started,
+    Tensors,
+    measure,
+    run_full,
+    run_skip,
+    start,
+)
 from ditopt.runtime.static_inputs import Hold
 
 if TYPE_CHECKING:
     from ditopt.runtime.cuda_graphs import CudaGraphs
+    from ditopt.runtime.history import Sources
     from ditopt.runtime.schedule import StepSchedule
     from ditopt.runtime.tracker import Step, TrajectoryTracker
 
-Tensors = Sequence[Tensor]
-
 # Numbers for runtimes: unlike `id`, they are not given again to a later one.
 _scopes = count()
-
-
-class Forecast(Protocol):
-    """`forecast.forecast` or a compiled form of it."""
-
-    def __call__(
-        self, base: Tensor | None, residuals: Sequence[Tensor], coefficients: Tensor
-    ) -> Tensor:
-        """`base + sum_j coefficients[j] * residuals[j]`."""
-
-
-def _as_they_are(inputs: Sequence[Any], phase: int | None) -> Sequence[Any]:
-    return inputs
-
-
-@dataclass(frozen=True)
-class Programs:
-    """A lowered model: three programs around its block stack.
-
-    Attributes:
-        head: bound -> (carry, rest): what enters the block stack, and anything the others need.
-        body: (bound, carry, rest, phase) -> outputs: the block stack, with the choices of a phase.
-            It must not write into `carry`.
-        tail: (bound, outputs, rest) -> the model's result. It may write into `outputs`.
-        base: for each output of the body the index of the carried tensor, of the same shape and
-            dtype, that the body adds to; None where there is none.
-        roles: what the inputs mean to a sampling run.
-        bind: (inputs, phase) -> bound: everything that the three read, the inputs first, then
-            what the host keeps from call to call (derived weights, block lists) for a call of that
-            phase, or for a skip call where the phase is None. All that depends on the host's state
-            happens here: the others do the same work for the same shapes.
-    """
-
-    head: Callable[[Sequence[Any]], tuple[Tensors, Any]]
-    body: Callable[[Sequence[Any], Tensors, Any, int], Tensors]
-    tail: Callable[[Sequence[Any], Tensors, Any], Any]
-    base: tuple[int | None, ...]
-    roles: InputRoles = field(default_factory=InputRoles)
-    bind: Callable[[Sequence[Any], int | None], Sequence[Any]] = _as_they_are
 
 
 class StepRuntime:
@@ -113,7 +84,7 @@ class StepRuntime:
         self._schedule = schedule
         self._probed = programs.roles.probed
         self._scope = next(_scopes)
-        self._rows: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self._rows: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         """One call of the model, with the arguments of the captured graph in order."""
@@ -127,101 +98,104 @@ class StepRuntime:
 
     def _run_plain(self, inputs: Sequence[Any]) -> Any:
         bound = self.programs.bind(inputs, 0)
-        function = partial(self._full, phase=0, store=False)
-        result, _, _ = self._launch("full", function, bound, len(inputs), variant=(0, False))
+        full: Full = self._launch("full", partial(run_full, self.programs), bound, len(inputs))
         self.artifact.counters.ran(skipped=False)
-        return result
+        return full.result
 
     def _run_step(self, tracker: TrajectoryTracker, inputs: Sequence[Any]) -> Any:
         step = tracker.locate(inputs, self.programs.roles, self._probed, self._scope)
         stored: tuple[Tensor, ...] | None = None
+        gated: bool | None = None
         try:
-            history, doubt = self._history(step)
-            if history and step.call is not None:
-                result = self._run_skip(inputs, step.call, history)
-            else:
+            sources, doubt = self._sources(step)
+            if not sources:
                 result, stored = self._run_full(inputs, step)
+            elif self._schedule.gate is None:
+                result = self._run_skip(inputs, step, sources)
+            else:
+                result, stored, gated = self._run_gated(inputs, step, sources)
         except BaseException:
             tracker.abandon(step)
             raise
         self._keep(step, stored)
         tracker.advance(step)
-        self.artifact.counters.ran(skipped=bool(history), doubt=doubt)
+        skipped = bool(sources) and not gated
+        self.artifact.counters.ran(skipped=skipped, doubt=doubt, gated=gated)
         return result
 
-    def _history(self, step: Step) -> tuple[list[tuple[Tensor, ...]], Doubt | None]:
-        """What a skip call combines, newest first; empty for a full call, with the doubt if any."""
+    def _sources(self, step: Step) -> tuple[Sources, Doubt | None]:
+        """What a skip call combines; empty for a full call, with the doubt if any."""
         if step.call is None or step.branch is None:
-            return [], step.doubt
-        sources = self._schedule.sources[step.call]
-        if not sources:
-            return [], None
+            return (), step.doubt
+        if not self._schedule.sources[step.call]:
+            return (), None
         if step.doubt is not None:
-            return [], step.doubt
-        stored = step.branch.residuals
-        history = [stored[source] for source, _ in sources if source in stored]
-        return (history, None) if len(history) == len(sources) else ([], step.branch.gap)
+            return (), step.doubt
+        sources = sources_of(self._schedule, step.call, step.branch.residuals)
+        return ((), step.branch.gap) if sources is None else (sources, None)
 
     def _run_full(self, inputs: Sequence[Any], step: Step) -> tuple[Any, tuple[Tensor, ...] | None]:
-        """The result, and the residuals where the schedule wants them stored."""
-        branch = step.branch
-        store = branch is not None and step.doubt is None and step.call in self._schedule.last_use
+        """The result, and what is to be stored."""
         bound = self.programs.bind(inputs, step.phase)
-        function = partial(self._full, phase=step.phase, store=store)
-        variant = step.phase, store
-        result, stored, mutated = self._launch(
-            "full", function, bound, len(inputs), variant=variant
+        return self._finish_full(bound, len(inputs), step, None)
+
+    def _finish_full(
+        self, bound: Sequence[Any], inputs: int, step: Step, started: Started | None
+    ) -> tuple[Any, tuple[Tensor, ...] | None]:
+        branch = step.branch
+        store = branch is not None and step.doubt is None and self._schedule.stores(step.call)
+        function = partial(
+            run_full,
+            self.programs,
+            phase=step.phase,
+            store=store,
+            gate=self._schedule.gate,
+            started=started,
         )
-        if mutated and branch is not None:
+        full: Full = self._launch("full", function, bound, inputs, variant=(step.phase, store))
+        if full.mutated and branch is not None:
             branch.drop_residuals(Doubt.CARRY_MUTATED)
-        return result, stored
+        return full.result, full.stored
 
-    def _full(
-        self, bound: Sequence[Any], *, phase: int, store: bool
-    ) -> tuple[Any, tuple[Tensor, ...] | None, bool]:
-        """Result, residuals, and whether they are missing because the base was overwritten."""
-        programs = self.programs
-        carry, rest = programs.head(bound)
-        before = _versions(carry) if store else []
-        outputs = programs.body(bound, carry, rest, phase)
-        mutated = store and _versions(carry) != before
-        stored = None
-        if store and not mutated:
-            # New storage for each: the tail and later calls may write into the outputs.
-            stored = tuple(
-                (output.clone() if base is None else output - carry[base]).detach()
-                for output, base in zip(outputs, programs.base, strict=True)
-            )
-        return programs.tail(bound, outputs, rest), stored, mutated
-
-    def _run_skip(
-        self, inputs: Sequence[Any], call: int, history: Sequence[tuple[Tensor, ...]]
-    ) -> Any:
+    def _run_skip(self, inputs: Sequence[Any], step: Step, sources: Sources) -> Any:
         bound = self.programs.bind(inputs, None)
-        rows = [self._rows_like(residual)[call] for residual in history[0]]
-        function = partial(self._skip, given=len(bound), stored=len(history))
-        own = [*chain.from_iterable(history), *rows]
-        variant = len(bound), len(history)
-        return self._launch("skipped", function, bound, len(inputs), own, variant=variant)
+        history, rows = self._history(step, sources)
+        return self._finish_skip(bound, len(inputs), history, rows, None)
 
-    def _skip(self, flat: Sequence[Any], *, given: int, stored: int) -> Any:
-        """The result, with forecasts in the place of the block stack.
+    def _finish_skip(
+        self,
+        bound: Sequence[Any],
+        inputs: int,
+        history: Sequence[Tensors],
+        rows: Tensors,
+        started: Started | None,
+    ) -> Any:
+        def skip(bound: Sequence[Any], history: Sequence[Tensors], rows: Tensors) -> Any:
+            return run_skip(self.programs, bound, history, rows, self._forecast, started=started)
 
-        Args:
-            flat: what is bound, then the outputs' residuals, newest first, then a row for each.
-            given: length of what is bound.
-            stored: number of calls whose residuals follow.
-        """
-        bound, programs = flat[:given], self.programs
-        carry, rest = programs.head(bound)
-        many = len(programs.base)
-        rows = flat[given + stored * many :]
-        outputs = []
-        for position, base in enumerate(programs.base):
-            residuals = flat[given + position : given + stored * many : many]
-            add_to = None if base is None else carry[base]
-            outputs.append(self._forecast(add_to, residuals, rows[position]))
-        return programs.tail(bound, outputs, rest)
+        # Only the residuals: a forecast does not read the gate's signals.
+        history = [stored[: len(rows)] for stored in history]
+        return self._launch_own("skipped", skip, bound, inputs, history, rows)
+
+    def _run_gated(
+        self, inputs: Sequence[Any], step: Step, sources: Sources
+    ) -> tuple[Any, tuple[Tensor, ...] | None, bool]:
+        """The result, what is to be stored, and whether the gate made the call full."""
+        gate = self._schedule.gate
+        assert gate is not None
+        bound = self.programs.bind(inputs, step.phase)
+        history, rows = self._history(step, sources)
+        # A graph begins again from the inputs: its own intermediate values stay inside.
+        started = None if self._graphs else start(self.programs, bound, step.phase, gate)
+
+        def look(bound: Sequence[Any], history: Sequence[Tensors], rows: Tensors) -> Tensor:
+            begun = started or start(self.programs, bound, step.phase, gate)
+            return measure(self.programs, begun, gate, history, rows)
+
+        value = self._launch_own("gate", look, bound, len(inputs), history, rows, step.phase)
+        if gate.opens(read(value, gate.group)):
+            return self._finish_skip(bound, len(inputs), history, rows, started), None, False
+        return *self._finish_full(bound, len(inputs), step, started), True
 
     def _launch(
         self,
@@ -231,7 +205,7 @@ class StepRuntime:
         inputs: int,
         own: Sequence[Tensor] = (),
         *,
-        variant: tuple[Any, ...],
+        variant: tuple[Any, ...] = (),
     ) -> Any:
         """`function([*bound, *own])`; the first `inputs` of `bound` are the call's arguments."""
         arguments = [*bound, *own] if own else bound
@@ -240,29 +214,59 @@ class StepRuntime:
         holds = _holds(self._weights, inputs, len(bound), len(arguments))
         return self._graphs.run(kind, function, arguments, holds, variant=variant)
 
-    def _rows_like(self, residual: Tensor) -> list[Tensor]:
-        """[T] the rows of non-zero coefficients, on a residual's device, copied there once."""
-        key = (residual.device, torch.promote_types(residual.dtype, torch.float32))
-        rows = self._rows.get(key)
-        if rows is None:
-            weights = [[c for _, c in row] for row in self._schedule.sources]
-            flat = torch.tensor([c for row in weights for c in row], dtype=key[1]).to(key[0])
-            rows = self._rows[key] = list(flat.split_with_sizes([len(row) for row in weights]))
-        return rows
+    def _launch_own(
+        self,
+        kind: str,
+        function: Callable[[Sequence[Any], Sequence[Tensors], Tensors], Any],
+        bound: Sequence[Any],
+        inputs: int,
+        history: Sequence[Tensors],
+        rows: Tensors,
+        phase: int | None = None,
+    ) -> Any:
+        """`function(bound, history, rows)`."""
+        given, width, calls = len(bound), len(history[0]), len(history)
+
+        def flat(arguments: Sequence[Any]) -> Any:
+            own = arguments[given:]
+            stored = [own[k * width : (k + 1) * width] for k in range(calls)]
+            return function(arguments[:given], stored, own[calls * width :])
+
+        own = [*chain.from_iterable(history), *rows]
+        return self._launch(kind, flat, bound, inputs, own, variant=(given, width, calls, phase))
+
+    def _history(self, step: Step, sources: Sources) -> tuple[list[Tensors], list[Tensor]]:
+        """What was stored at each source, and a row of coefficients for each output."""
+        assert step.branch is not None
+        history: list[Tensors] = [step.branch.residuals[source] for source, _ in sources]
+        many = len(self.programs.base)
+        coefficients = tuple(coefficient for _, coefficient in sources)
+        return history, [self._row(coefficients, residual) for residual in history[0][:many]]
+
+    def _row(self, coefficients: tuple[float, ...], residual: Tensor) -> Tensor:
+        """[k] coefficients on a residual's device, copied there once."""
+        dtype = torch.promote_types(residual.dtype, torch.float32)
+        key = residual.device, dtype, coefficients
+        if key not in self._rows:
+            # With the first one all that the plan foresees: later calls need not wait for a copy.
+            table = [tuple(c for _, c in sources) for sources in self._schedule.sources]
+            table = [row for row in {coefficients, *table} if (*key[:2], row) not in self._rows]
+            flat = torch.tensor([c for row in table for c in row], dtype=dtype).to(residual.device)
+            for row, values in zip(
+                table, flat.split_with_sizes([len(row) for row in table]), strict=True
+            ):
+                self._rows[residual.device, dtype, row] = values
+        return self._rows[key]
 
     def _keep(self, step: Step, stored: tuple[Tensor, ...] | None) -> None:
         """Store a full call's residual and let go of those that no later call reads."""
         if step.branch is None or step.call is None:
             return
-        residuals, last_use = step.branch.residuals, self._schedule.last_use
+        residuals = step.branch.residuals
         if stored is not None:
             residuals[step.call] = stored
-        for source in [source for source in residuals if last_use[source] <= step.call]:
+        for source in self._schedule.outdated(residuals, step.call):
             del residuals[source]
-
-
-def _versions(tensors: Tensors) -> list[int]:
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 @lru_cache(maxsize=64)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from ditopt.errors import PlanError
+
+if TYPE_CHECKING:
+    from ditopt.runtime.gate import Gate
 
 # A forecast amplifies the noise of stored residuals by up to sum |c|. Published tables stay below 6
 # (Taylor order 1 over a gap of 3 to 5); a row beyond this bound is a corrupted plan, not a choice.
@@ -38,6 +42,7 @@ class StepSchedule:
             one: it also serves calls whose position in the run is unknown.
         branches: how many guidance branches call the model in turn (2 for sequential
             classifier-free guidance, 1 when the halves are batched).
+        gate: may run skip calls in full.
     """
 
     full: tuple[bool, ...]
@@ -45,6 +50,7 @@ class StepSchedule:
     timesteps: tuple[float, ...] | None = None
     phases: tuple[tuple[int, int], ...] = ()
     branches: int = 1
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         if not self.coefficients:
@@ -65,6 +71,7 @@ class StepSchedule:
         timesteps: Sequence[float] | None = None,
         phases: Sequence[tuple[int, int]] = (),
         branches: int = 1,
+        gate: Gate | None = None,
     ) -> StepSchedule:
         """The schedule as a plan writes it: indices of full calls and one row per skip call."""
         stray = sorted({*full, *coefficients} - set(range(calls)))
@@ -80,6 +87,7 @@ class StepSchedule:
             timesteps=None if timesteps is None else tuple(timesteps),
             phases=tuple((first, end) for first, end in phases),
             branches=branches,
+            gate=gate,
         )
 
     @property
@@ -120,6 +128,27 @@ class StepSchedule:
     def last_use(self) -> dict[int, int]:
         """The last skip call that reads each full call's residual; unread ones are absent."""
         return {source: call for call, row in enumerate(self.sources) for source, _ in row}
+
+    def full_before(self, call: int) -> tuple[int, ...]:
+        """The calls before `call` that the plan runs in full, newest first."""
+        return tuple(earlier for earlier in range(call - 1, -1, -1) if self.full[earlier])
+
+    def stores(self, call: int | None) -> bool:
+        """Whether a call's residual, if it runs in full, is read by a later one."""
+        if call is None or self.gate is None:
+            return call in self.last_use
+        return call < self._last_skip
+
+    def outdated(self, stored: Collection[int], call: int) -> list[int]:
+        """Of the calls whose residuals are stored, those that nothing reads after `call`."""
+        if self.gate is None:
+            return [source for source in stored if self.last_use[source] <= call]
+        kept = max(self.history, self.gate.order + 1) if call < self._last_skip else 0
+        return sorted(stored, reverse=True)[kept:]
+
+    @cached_property
+    def _last_skip(self) -> int:
+        return max((call for call, runs in enumerate(self.full) if not runs), default=-1)
 
     def phase_of(self, call: int | None) -> int:
         """The phase that a call belongs to; phase 0, the careful one, where the call is unknown."""

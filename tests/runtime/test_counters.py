@@ -14,18 +14,22 @@ def test_stats_merges_what_shares_a_parameter() -> None:
     first, second, third = Artifact([model.weight]), Artifact([model.bias]), Artifact([other.bias])
     first.counters.ran(skipped=False)
     second.counters.ran(skipped=True)
+    first.counters.ran(skipped=False, gated=True)
+    second.counters.ran(skipped=True, gated=False)
     third.counters.ran(skipped=False, doubt="restarted")
     assert stats(model) == {
-        "calls": 2,
-        "full_steps": 1,
-        "skipped_steps": 1,
+        "calls": 4,
+        "full_steps": 2,
+        "skipped_steps": 2,
+        "gated_steps": 2,
+        "overridden_steps": 1,
         "doubts": {},
         "kernels": {},
         "compiled": 2,
     }
     assert stats(torch.compile(model)) == stats(model)
     both = stats({"high": model, "low": other})
-    assert (both["calls"], both["compiled"], both["doubts"]) == (3, 3, {"restarted": 1})
+    assert (both["calls"], both["compiled"], both["doubts"]) == (5, 3, {"restarted": 1})
 
 
 def test_artifacts_vanish_with_their_callable() -> None:
