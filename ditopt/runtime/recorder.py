@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._last: torch.cuda.Stream | None = None
 
     def refuse(self, tensor: Tensor) -> str | None:
@@ -33,7 +35,6 @@ class CudaRecorder:
             return f"one of its inputs lies on {tensor.device}"
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
-            self._pool = torch.cuda.graph_pool_handle()
         if tensor.device != self._stream.device:
             return f"its inputs lie on {self._stream.device} and {tensor.device}"
         return None
@@ -56,18 +57,24 @@ class CudaRecorder:
                 raise CannotRecord(f"it waits for the device, at {waits}")
             torch.cuda.synchronize(self._stream.device)
             torch.cuda.empty_cache()  # the pool cannot use what the allocator has set aside
-            graph = torch.cuda.CUDAGraph()
+            return self._capture(function)
+
+    def _capture(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        if not self._alive:  # a pool ends with its last graph and cannot begin again
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 outputs = function()
-            except Exception as error:
+            except BaseException:
                 with suppress(Exception):
                     graph.capture_end()
-                raise CannotRecord(_first_line(error)) from error
-            try:
-                graph.capture_end()
-            except Exception as error:
-                raise CannotRecord(_first_line(error)) from error
+                raise
+            graph.capture_end()
+        except Exception as error:
+            raise CannotRecord(_first_line(error)) from error
+        self._alive.add(graph)
         return outputs, graph.replay
 
     def order(self) -> None:
