@@ -4,6 +4,7 @@ from ditopt.plan.plan import Plan
 from ditopt.plan.schema import (
     Block,
     Cache,
+    Gate,
     Goal,
     Hardware,
     LinearRecord,
@@ -19,6 +20,7 @@ from ditopt.plan.schema import (
 __all__ = [
     "Block",
     "Cache",
+    "Gate",
     "Goal",
     "Hardware",
     "LinearRecord",

@@ -167,6 +167,32 @@ class Phase(_Part):
     linear: Annotated[dict[Text, LinearRule], AfterValidator(_by_site)] = {}
 
 
+class Gate(_Part):
+    """A measured change that makes calls full although the schedule lets them skip.
+
+    It never makes a call skip. Each decision costs one wait for the device.
+
+    Attributes:
+        kind: `first_block`: relative L1 change of the first blocks' residual since the last full
+            call; `prediction`: relative L1 error of this call's forecast, were it made of the first
+            blocks; `input`: relative L1 change of the stack's input since the last full call.
+        threshold: a larger change, or one that is not a number, makes the call full.
+        blocks: how many first blocks run before the decision; `input` runs none.
+        order: of the polynomial that forecasts where the gate has run calls in full, so that the
+            coefficients' history is not the planned one; null is 1, or 0 with a history of 1.
+    """
+
+    kind: Literal["first_block", "prediction", "input"]
+    threshold: PositiveFloat
+    blocks: Annotated[int, Field(ge=1, le=64)] | None = None
+    order: Annotated[int, Field(ge=0, le=3)] | None = None
+
+    def model_post_init(self, context: object) -> None:
+        """Refuse blocks that nothing would run."""
+        if self.kind == "input" and self.blocks is not None:
+            raise PlanError("cache.gate.blocks: a gate on the input runs no blocks; drop it")
+
+
 class Cache(_Part):
     """Which calls run the block stack, and how the others are forecast.
 
@@ -174,14 +200,18 @@ class Cache(_Part):
         full: ascending call indices that compute everything; the first call is one.
         history: largest number of stored residuals.
         coefficients: for each other call one coefficient per stored residual, newest first, sum 1.
+        gate: may run such a call in full.
     """
 
     full: Annotated[tuple[Index, ...], Field(min_length=1)]
     history: Annotated[int, Field(ge=1, le=8)] = 1
     coefficients: Annotated[dict[Index, tuple[Float, ...]], AfterValidator(_by_call)] = {}
+    gate: Gate | None = None
 
     def model_post_init(self, context: object) -> None:
-        """Check the order of `full` and each row of `coefficients`."""
+        """Check the order of `full`, each row of `coefficients`, and that a gate has work."""
+        if self.gate is not None and not self.coefficients:
+            raise PlanError("cache.gate: no call may skip, so there is nothing to decide; drop it")
         if self.full[0] != 0 or any(a >= b for a, b in zip(self.full, self.full[1:], strict=False)):
             raise PlanError("cache.full: expected ascending call indices from 0")
         for call, row in self.coefficients.items():
