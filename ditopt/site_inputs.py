@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ditopt.capture import Captured
     from ditopt.infer_layout import Grid, SiteGeometry
     from ditopt.sites import AttentionSite
+    from ditopt.token_order import TokenOrder
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class HeadChoice:
     grid: Grid
     block_q: int
     block_k: int
+    order: TokenOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class SelectorChoice:
     grid: Grid
     block_q: int
     block_k: int
+    order: TokenOrder | None = None
 
 
 def block_input(
@@ -60,9 +63,10 @@ def block_input(
     def make(frames: int, height: int, width: int, tokens_q: int, tokens_k: int) -> Any:
         layout = choice.geometry.layout((frames, height, width), tokens_q)
         shape = (layout, tokens_q, tokens_k, *blocks)
+        order = choice.order
         if isinstance(choice, SelectorChoice):
             with real_tensors():
-                return block_mask(choice.selector.keep, *shape).to(device)
-        return block_lists(choice.patterns, *shape, device)[part]
+                return block_mask(choice.selector.keep, *shape, order).to(device)
+        return block_lists(choice.patterns, *shape, device, order)[part]
 
     return lambda env: make(*sizes(env))
