@@ -14,7 +14,7 @@ FILES = {
 }
 PARTS = ("passes", "kernels", "backends")
 MAY_NAME_CONCRETE = {"ditopt.pipeline"}  # the one readable list of passes and backends
-KERNELS_MAY_IMPORT = {"torch", "triton", "ditopt", "yaml"}  # yaml: configs.yaml beside a kernel
+KERNELS_MAY_IMPORT = {"torch", "triton", "ditopt", "yaml", "flash_attn"}  # configs; an extra
 
 
 def imports(name, path):

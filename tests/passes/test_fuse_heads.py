@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ditopt.graph import fake_value, output_nodes
 from ditopt.kernels.block_sparse_attention import ops  # noqa: F401  (registers the operator)
 from ditopt.passes.fuse_heads import FuseHeads
+from ditopt.sites import SDPA
 
 H, N, D, BLOCK = 2, 16, 8, 8
 CALL = torch.ops.ditopt.block_sparse_attention.default
@@ -103,3 +104,29 @@ def test_other_concatenations_are_left_alone(harness: Any) -> None:
             return torch.cat([x, x + 1], 1)
 
     assert harness(Cat(), torch.randn(1, 2)).run(FuseHeads()) == []
+
+
+class DenseHeads(nn.Module):
+    """Heads 1 and 2 of four are dense."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, ids: Tensor) -> Tensor:
+        heads = []
+        for h in range(4):
+            part = [x[:, h : h + 1] for x in (q, k, v)]
+            if h in (1, 2):
+                heads.append(nn.functional.scaled_dot_product_attention(*part, scale=SCALE))
+            else:
+                lists = [x[:, h : h + 1] for x in (counts, ids)]
+                heads.append(CALL(*part, *lists, BLOCK, BLOCK, SCALE))
+        return torch.cat(heads, 1)
+
+
+def test_dense_heads_stay_apart_in_one_call(harness: Any) -> None:
+    graph = harness(DenseHeads(), *inputs(4))
+    apart = graph.result()
+    (decision,) = graph.run(FuseHeads())
+    assert decision.reason == "2 heads block-sparse, 2 dense ones apart"
+    assert len(graph.nodes(CALL)) == 2
+    assert len(graph.nodes(SDPA)) == 1
+    torch.testing.assert_close(graph.result(), apart)
+    assert graph.run(FuseHeads()) == []

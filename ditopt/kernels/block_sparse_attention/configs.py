@@ -40,12 +40,19 @@ class PlainConfig:
 def _entries(gpu: str, kernel: str) -> tuple[dict[str, Any], ...]:
     """The entries of ``gpu``, or of the first GPU in the file where it has none."""
     tables: dict[str, dict[str, list[dict[str, Any]]]] = yaml.safe_load(FILE.read_text())
-    return tuple(tables.get(gpu, next(iter(tables.values())))[kernel])
+    return tuple(tables[gpu if kernel in tables.get(gpu, ()) else next(iter(tables))][kernel])
 
 
 def _smallest(entries: list[dict[str, Any]], channels: int) -> dict[str, Any]:
     """The entry with the fewest channels that still covers ``channels``."""
     return min((e for e in entries if e["channels"] >= channels), key=lambda e: int(e["channels"]))
+
+
+@lru_cache
+def costs_of(device: str) -> tuple[dict[str, Any], ...]:
+    """Measured costs of executors on a device, see `dispatch`; empty where there are none."""
+    tables: dict[str, dict[str, Any]] = yaml.safe_load(FILE.read_text())
+    return tuple(tables.get(device, {}).get("costs", ()))
 
 
 @lru_cache

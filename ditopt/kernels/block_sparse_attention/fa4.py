@@ -52,6 +52,12 @@ def reason_to_decline(q: Tensor, block_q: int, block_k: int) -> str | None:
     return None
 
 
+@lru_cache(maxsize=64)
+def _zeros(shape: torch.Size, device: torch.device) -> Tensor:
+    """Counts of blocks with a mask inside: none."""
+    return torch.zeros(shape, dtype=torch.int32, device=device)
+
+
 @torch.library.impl(_NAME, "cuda")
 def _cuda(
     q: Tensor,
@@ -66,16 +72,19 @@ def _cuda(
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    # Without a mask function its "mask blocks" are kept whole, like its full blocks.
+    none = _zeros(kv_num_blocks.shape, kv_num_blocks.device)
     lists = BlockSparseTensorsTorch(
-        mask_block_cnt=kv_num_blocks, mask_block_idx=kv_indices, block_size=(block_q, block_k)
+        mask_block_cnt=none,
+        mask_block_idx=kv_indices,
+        full_block_cnt=kv_num_blocks,
+        full_block_idx=kv_indices,
+        block_size=(block_q, block_k),
     )
     tokens_first = (x.transpose(1, 2) for x in (q, k, v))
     out: Tensor = flash_attn_func(*tokens_first, softmax_scale=scale, block_sparse_tensors=lists)[0]
     return out.transpose(1, 2)
 
 
-@torch.library.register_fake(_NAME)
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -87,6 +96,9 @@ def _fake(
     scale: float,
 ) -> Tensor:
     return empty_output(q, v)
+
+
+torch.library.register_fake(_NAME, _fake)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

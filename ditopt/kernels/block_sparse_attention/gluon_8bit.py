@@ -1,7 +1,7 @@
 # Kernels are another language: their parameters have no Python types and constexprs are upper case.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
-# ruff: noqa: N803, N806
+# ruff: noqa: N803, N806, RET505, SIM108
 """Block-sparse attention forward with 8-bit matrix products, in Gluon for Hopper.
 
 What it computes is `reference_8bit`; `hopper_8bit` quantises and launches. The structure is

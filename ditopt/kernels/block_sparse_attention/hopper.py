@@ -26,8 +26,8 @@ def split_head_size(d: int) -> tuple[int, int]:
 
 
 @lru_cache
-def device(index: int) -> tuple[str, int, tuple[int, int]]:
-    """(name, multiprocessors, compute capability)."""
+def device(index: int | None) -> tuple[str, int, tuple[int, int]]:
+    """(name, multiprocessors, compute capability); None is the current device."""
     properties = torch.cuda.get_device_properties(index)
     return (
         properties.name,
@@ -38,7 +38,7 @@ def device(index: int) -> tuple[str, int, tuple[int, int]]:
 
 def reason_to_decline(q: Tensor, block_q: int, block_k: int) -> str | None:
     """Why this kernel cannot run the call, or None where it can."""
-    if device(q.get_device())[2] != (9, 0):
+    if device(q.device.index)[2] != (9, 0):
         return "the Gluon kernel is for compute capability 9.0"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Gluon kernel takes bfloat16 and float16, q is {q.dtype}"
@@ -92,7 +92,7 @@ def forward(
     counts = _dense_rows(kv_num_blocks).expand(batch, heads, -1)
     ids = _dense_rows(kv_indices).expand(batch, heads, -1, -1)
     scratch = order_heads(counts)
-    name, processors, _ = device(q.get_device())
+    name, processors, _ = device(q.device.index)
     tiles = split_head_size(d)
     consumers = 1 if block_q == 64 else 2
     config = hopper_config(name, consumers, block_k, sum(tiles))

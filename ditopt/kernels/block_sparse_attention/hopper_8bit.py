@@ -23,7 +23,7 @@ Q_STAGES = 2
 
 def reason_to_decline(q: Tensor, block_q: int, block_k: int) -> str | None:
     """Why this kernel cannot run the call, or None where it can."""
-    if device(q.get_device())[2] != (9, 0):
+    if device(q.device.index)[2] != (9, 0):
         return "the 8-bit kernel is for compute capability 9.0"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the 8-bit kernel takes bfloat16 and float16, q is {q.dtype}"
@@ -69,7 +69,7 @@ def forward_quantized(
     counts = _dense_rows(kv_num_blocks).expand(batch, heads, -1)
     ids = _dense_rows(kv_indices).expand(batch, heads, -1, -1)
     scratch = order_heads(counts)
-    name, processors, _ = device(out.get_device())
+    _, processors, _ = device(out.device.index)
     tiles_per_head = math.ceil(n_q / ROWS)
     tiles = tiles_per_head * batch * heads
     programs = min(processors, tiles)

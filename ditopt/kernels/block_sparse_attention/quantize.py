@@ -1,7 +1,7 @@
 # Kernels are another language: their parameters have no Python types and constexprs are upper case.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 """8-bit operands of attention: what `reference_8bit.quantize` specifies, as Triton kernels.
 
 Q and K become int8, K after its token mean is subtracted (softmax does not see it). V becomes e4m3

@@ -12,8 +12,6 @@ statistically: their errors against exact attention are equal, their outputs are
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 

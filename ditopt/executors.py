@@ -1,0 +1,62 @@
+"""Which executor runs each block-sparse attention of a piece, before its graph is rewritten.
+
+The choice is `kernels.block_sparse_attention.dispatch`'s, by measured cost; here are the sizes (the
+hints of symbolic ones) and the densities that the plan's patterns have on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from ditopt.graph import fake_value
+from ditopt.kernels.block_sparse_attention import dispatch
+from ditopt.patterns import density
+from ditopt.site_inputs import HeadChoice, SelectorChoice
+from ditopt.sites import attention_operands
+from ditopt.symbols import hint
+
+if TYPE_CHECKING:
+    from torch import fx
+
+UNKNOWN_DENSITY = 0.25
+"""For selectors that keep as much as the data asks for."""
+
+
+def choose_executors(
+    nodes: Iterable[fx.Node], choices: Mapping[str, HeadChoice | SelectorChoice]
+) -> dict[str, dispatch.Choice]:
+    """By node name, for each attention node that has a choice of the plan."""
+    chosen = {}
+    for node in nodes:
+        choice = choices.get(node.name)
+        if choice is not None:
+            chosen[node.name] = _choose(node, choice)
+    return chosen
+
+
+def _choose(node: fx.Node, choice: HeadChoice | SelectorChoice) -> dispatch.Choice:
+    operands = attention_operands(node)
+    q, k = (fake_value(x) for x in operands[:2])
+    declined = dispatch.reasons_to_decline(q, choice.block_q, choice.block_k)
+    if isinstance(choice, SelectorChoice) or operands[3] is not None:
+        declined["sdpa"] = "the lists come from the data"
+    batch, heads, n_q, channels = (hint(size) for size in q.shape)
+    n_k = hint(k.shape[2])
+    blocks = (choice.block_q, choice.block_k)
+    if isinstance(choice, HeadChoice):
+        grid = tuple(hint(size) for size in choice.grid)
+        layout = choice.geometry.layout((grid[0], grid[1], grid[2]), n_q)
+        kept = tuple(density(p, layout, n_q, n_k, *blocks) for p in choice.patterns)
+    else:
+        rule, amount = choice.selector.rule
+        kept = (amount if rule == "top_k" else UNKNOWN_DENSITY,) * heads
+    site = dispatch.Site(batch, n_q, n_k, channels, *blocks, kept)
+    return dispatch.choose(site, device_name(q.device), declined)
+
+
+def device_name(device: torch.device) -> str:
+    """What costs are measured on: a GPU's name, or the kind of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
