@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ditopt.capture import Captured
     from ditopt.join import Extra
     from ditopt.runtime import InputRoles
+    from ditopt.runtime.memo import Memo
     from ditopt.stack import Stack
 
 
@@ -75,11 +76,13 @@ def assemble(
     by_phase: Sequence[Sequence[Sequence[BoundPiece]]],
     stack: Stack | None,
     roles: InputRoles,
+    memos: tuple[Sequence[Memo], Sequence[Sequence[Memo]]],
 ) -> Programs:
     """Close over the environment.
 
-    Its slots: inputs, constants, then one for each value between pieces, then the extras.
-    `by_phase` holds what runs before, in and after the block stack.
+    Its slots: inputs, constants, hoisted values, then one for each value between pieces, then the
+    extras. `by_phase` holds what runs before, in and after the block stack; `memos` fill the
+    hoisted values, first those of a skip call, then those of the phases.
     """
     constants = list(captured.constants)
     given = len(captured.inputs)
@@ -95,11 +98,15 @@ def assemble(
     strides: Strides = {}
     around = _extras([*before, *after])
     needed = [around | _extras(body) for body in bodies]
-    unfilled = [None] * (max((slot for extras in needed for slot in extras), default=-1) + 1)
-    unfilled = unfilled[captured.slots :]
+    last = max((slot for extras in needed for slot in extras), default=-1)
+    unfilled = [None] * max(0, last + 1 - captured.slots)
+    hoisted = [None] * sum(item.role == "hoisted" for item in captured.inputs)
+    memos_around, memos_by_phase = memos
 
     def bind(inputs: Sequence[Any], phase: int | None) -> list[Any]:
-        env = [*inputs, *constants, *spare, *unfilled]
+        env = [*inputs, *constants, *hoisted, *spare, *unfilled]
+        for memo in memos_around if phase is None else memos_by_phase[phase]:
+            memo.fill(env)
         for slot, extra in (around if phase is None else needed[phase]).items():
             env[slot] = extra(env)
         return env[:given] + env[captured.slots :]
@@ -127,6 +134,23 @@ def assemble(
 
     base = tuple(None if slot is None else carried.index(slot) for slot in bases)
     return Programs(head, body, tail, base, roles, bind)
+
+
+def function_of(
+    pieces: Sequence[BoundPiece], outputs: Sequence[int]
+) -> Callable[[list[Any]], list[Any]]:
+    """The values that pieces write to the slots `outputs`, as a function of the environment."""
+    extras = _extras(pieces)
+    slots = max(slot for piece in pieces for slot in (*piece.inputs, *piece.outputs)) + 1
+
+    def compute(env: list[Any]) -> list[Any]:
+        own = env + [None] * (slots - len(env))
+        for slot, extra in extras.items():
+            own[slot] = extra(own)
+        run_pieces(pieces, own)
+        return [own[slot] for slot in outputs]
+
+    return compute
 
 
 def _extras(pieces: Sequence[BoundPiece]) -> dict[int, Extra]:

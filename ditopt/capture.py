@@ -20,7 +20,7 @@ from ditopt.normalize import MutatesInput, normalize
 from ditopt.partition import PieceKind, Run, partition
 from ditopt.report import Decision
 
-InputRole = Literal["parameter", "buffer", "user", "symbol", "constant"]
+InputRole = Literal["parameter", "buffer", "user", "symbol", "constant", "hoisted"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,9 @@ _PLUMBING = {"__dict__", "_modules", "_parameters", "_buffers"}
 
 
 def _classify(node: fx.Node) -> Input:
+    known = node.meta.get("ditopt_input")  # an exported graph says itself what its inputs are
+    if isinstance(known, Input):
+        return known
     fake = graphs.fake_value(node)
     raw = _source_name(node)
     parts = [a or b for a, b in _MEMBER.findall(raw.removeprefix("L"))]

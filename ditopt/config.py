@@ -33,6 +33,7 @@ class Options(BaseModel):
     strict: bool = _option(False, "Turn every fallback and doubt into an error.", "DITOPT_STRICT")
     inductor: dict[str, Any] = _option({}, "Options handed to Inductor as they are.")
     fuse_projections: bool = _option(True, "Merge projections that read one tensor (q, k, v).")
+    hoist: bool = _option(True, "Keep what depends on the prompt or timestep only between calls.")
     cuda_graphs: bool = _option(False, "Launch each step as one CUDA graph.", "DITOPT_CUDA_GRAPHS")
     release_weights: bool = _option(False, "Free the originals of weights that were fused.")
     disable: tuple[str, ...] = _option((), "Passes to leave out (a comma list).", "DITOPT_DISABLE")

@@ -242,7 +242,9 @@ def _fall_back(
 
 
 def _refuse_losses(record: Compiled) -> None:
-    lost = [d for d in record.decisions if not d.applied and d.rule not in ("fuse_projections",)]
+    lost = [
+        d for d in record.decisions if not d.applied and d.rule not in ("fuse_projections", "hoist")
+    ]
     if lost:
         raise StrictModeError(
             "strict mode: " + "; ".join(f"{d.site} ({d.rule}): {d.reason}" for d in lost[:3]),
