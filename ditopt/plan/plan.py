@@ -28,6 +28,7 @@ from ditopt.plan.schema import (
     Text,
     Verification,
 )
+from ditopt.token_order import TokenOrder
 
 
 class Plan(BaseModel):
@@ -41,6 +42,7 @@ class Plan(BaseModel):
         goal: what was asked for; null in a plan written by hand.
         layout: token grid of the patterns; null where no pattern needs one.
         block: block sizes of the patterns.
+        order: of the grid's tokens where patterns and selectors apply; null is raster.
         phases: choices by ranges of calls, contiguous from call 0 to the last.
         cache: which calls are forecast; null computes every call.
         predicted: what the search expected.
@@ -58,6 +60,7 @@ class Plan(BaseModel):
     goal: Goal | None = None
     layout: TokenLayout | None = None
     block: Block = Block()
+    order: TokenOrder | None = None
     phases: tuple[Phase, ...]
     cache: Cache | None = None
     predicted: Predicted | None = None
