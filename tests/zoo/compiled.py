@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch._inductor.compile_fx import compile_fx
 
 from .models import build, first_tensor, kwargs_for
 from .runs import counts, records, relative_l2, resolutions
@@ -19,6 +20,9 @@ class Outcome:
     Attributes:
         graphs: compiled at each call; all but the first are recompilations.
         graphs_eager: the same of a backend that runs Dynamo's graphs as they are.
+        graphs_inductor: the same of Inductor alone, where `graphs` differs from the former. Where a
+            model breaks into several graphs, Dynamo guards on what the first hands to the next: on
+            views of other tensors if PyTorch made it, on fresh tensors if Inductor did.
         relative_l2: distance to eager at each call, in float32.
         programs: distinct programs that were lowered, over all graphs.
         seconds: wall clock of the whole sequence, compilation included.
@@ -28,9 +32,15 @@ class Outcome:
     calls: list[str]
     graphs: list[int]
     graphs_eager: list[int]
+    graphs_inductor: list[int] | None = None
     relative_l2: list[float] = field(default_factory=list)
     programs: int = 0
     seconds: float = 0.0
+
+    @property
+    def as_many_graphs(self) -> bool:
+        """Whether Dynamo compiled as often as it does without ditopt."""
+        return self.graphs in (self.graphs_eager, self.graphs_inductor)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; errors rounded."""
@@ -83,12 +93,18 @@ def go(
             expected = first_tensor(reference(**kwargs_for(name, **call)))
             errors.append(relative_l2(first_tensor(compiled(**kwargs_for(name, **call))), expected))
             graphs.append(len(records()) - already)
+    programs = sum(record.programs for record in records()[before:])
+    seconds = time.perf_counter() - started
+    graphs_inductor = None
+    if backend == "ditopt" and graphs != graphs_eager:
+        graphs_inductor = counts(build(name)[0], sequence, name, compile_fx)
     return Outcome(
         model=name,
         calls=[describe(call) for call in sequence],
         graphs=graphs,
         graphs_eager=graphs_eager,
+        graphs_inductor=graphs_inductor,
         relative_l2=errors,
-        programs=sum(record.programs for record in records()[before:]),
-        seconds=time.perf_counter() - started,
+        programs=programs,
+        seconds=seconds,
     )

@@ -91,13 +91,23 @@ def relative_l2(result: Tensor, expected: Tensor) -> float:
     return float(difference.norm() / expected.double().norm())
 
 
-def counts(model: nn.Module, sequence: Sequence[dict[str, Any]], name: str) -> list[int]:
-    """Graphs compiled at each call of a sequence by a backend that runs them as they are."""
+def as_it_is(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """The backend that runs Dynamo's graphs as they are."""
+    return gm.forward
+
+
+def counts(
+    model: nn.Module,
+    sequence: Sequence[dict[str, Any]],
+    name: str,
+    backend: Callable[[fx.GraphModule, list[Any]], Any] = as_it_is,
+) -> list[int]:
+    """Graphs compiled at each call of a sequence by a backend."""
     seen: list[int] = []
 
-    def counting(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def counting(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         seen[-1] += 1
-        return gm.forward
+        return backend(gm, inputs)
 
     torch.compiler.reset()
     compiled = torch.compile(model, backend=counting)
