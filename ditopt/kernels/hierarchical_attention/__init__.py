@@ -1,0 +1,1 @@
+"""Attention whose blocks are chosen level by level: cost N log N."""
