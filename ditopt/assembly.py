@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,12 +77,15 @@ def assemble(
     stack: Stack | None,
     roles: InputRoles,
     memos: tuple[Sequence[Memo], Sequence[Sequence[Memo]]],
+    probe: tuple[Sequence[int], Sequence[tuple[int, int | None]]] | None = None,
 ) -> Programs:
     """Close over the environment.
 
     Its slots: inputs, constants, hoisted values, then one for each value between pieces, then the
     extras. `by_phase` holds what runs before, in and after the block stack; `memos` fill the
-    hoisted values, first those of a skip call, then those of the phases.
+    hoisted values, first those of a skip call, then those of the phases. `probe` says how many
+    programs of each phase's block stack run before a gate decides, and which slots are its streams
+    and their bases.
     """
     constants = list(captured.constants)
     given = len(captured.inputs)
@@ -94,6 +97,8 @@ def assemble(
     carried = tuple(dict.fromkeys(base for base in bases if base is not None))
     before, _, after = by_phase[0]
     bodies = [stretch for _, stretch, _ in by_phase]
+    cuts, streams = probe if probe is not None else ([0] * len(bodies), ())
+    remainders = [stretch[cut:] for stretch, cut in zip(bodies, cuts, strict=True)]
     returned = captured.outputs
     strides: Strides = {}
     around = _extras([*before, *after])
@@ -119,12 +124,20 @@ def assemble(
         return [env[slot] for slot in carried], env
 
     def body(bound: Sequence[Any], carry: Sequence[Any], env: list[Any], phase: int) -> list[Any]:
-        run_pieces(bodies[phase], env)
+        run_pieces(remainders[phase], env)
         outputs = [env[slot] for slot in stack_outputs]
         for k, value in enumerate(outputs):
             if isinstance(value, torch.Tensor):
                 strides[k, value.shape] = value.stride()
         return outputs
+
+    def probing(
+        bound: Sequence[Any], carry: Sequence[Any], env: list[Any], phase: int
+    ) -> tuple[list[Any], list[Any]]:
+        run_pieces(bodies[phase][: cuts[phase]], env)
+        return [env[slot] for slot, _ in streams], [
+            None if slot is None else env[slot] for _, slot in streams
+        ]
 
     def tail(bound: Sequence[Any], outputs: Sequence[Any], env: list[Any]) -> tuple[Any, ...]:
         for k, (slot, value) in enumerate(zip(stack_outputs, outputs, strict=True)):
@@ -133,7 +146,8 @@ def assemble(
         return tuple(env[item] if isinstance(item, int) else item[1] for item in returned)
 
     base = tuple(None if slot is None else carried.index(slot) for slot in bases)
-    return Programs(head, body, tail, base, roles, bind)
+    programs = Programs(head, body, tail, base, roles, bind)
+    return programs if probe is None else replace(programs, probe=probing)
 
 
 def function_of(

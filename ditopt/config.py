@@ -35,6 +35,7 @@ class Options(BaseModel):
     fuse_projections: bool = _option(True, "Merge projections that read one tensor (q, k, v).")
     hoist: bool = _option(True, "Keep what depends on the prompt or timestep only between calls.")
     cuda_graphs: bool = _option(False, "Launch each step as one CUDA graph.", "DITOPT_CUDA_GRAPHS")
+    gate_group: str | None = _option(None, "Process group whose ranks share a plan's gate.")
     release_weights: bool = _option(False, "Free the originals of weights that were fused.")
     disable: tuple[str, ...] = _option((), "Passes to leave out (a comma list).", "DITOPT_DISABLE")
     stop_after: str | None = _option(None, "Name of the last pass to run.", "DITOPT_STOP_AFTER")

@@ -40,6 +40,32 @@ class Stack:
     sizes: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Probe:
+    """The first blocks of a stack, which run before it is decided whether the others do.
+
+    Attributes:
+        end: the first piece behind them.
+        streams: slots that they write and later pieces read, each with the slot, written before the
+            stack, that it continues. Where no such stream is found, all of them, with None.
+    """
+
+    end: int
+    streams: tuple[tuple[int, int | None], ...]
+
+
+def find_probe(captured: Captured, stack: Stack, blocks: int) -> Probe | str:
+    """The first `blocks` blocks of a stack, or the reason why they cannot be told apart."""
+    found = [k for k in range(stack.first, stack.end) if captured.pieces[k].kind == "block"]
+    if blocks >= len(found):
+        return f"the stack has {len(found)} blocks, so {blocks} leave nothing to skip"
+    end = found[blocks]
+    first = _stack(captured, stack.first, end)
+    pairs = list(zip(first.outputs, first.bases, strict=True))
+    continued = [(slot, base) for slot, base in pairs if base is not None and base in stack.bases]
+    return Probe(end, tuple(continued or [(slot, None) for slot, _ in pairs]))
+
+
 def find_stack(captured: Captured) -> Stack | str:
     """The largest block stack whose outputs all have a base, or the reason why there is none.
 

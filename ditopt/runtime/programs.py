@@ -27,6 +27,9 @@ class Forecast(Protocol):
         """`base + sum_j coefficients[j] * residuals[j]`."""
 
 
+Probe = Callable[[Sequence[Any], Tensors, Any, int], tuple[Tensors, Sequence[Tensor | None]]]
+
+
 def _as_they_are(inputs: Sequence[Any], phase: int | None) -> Sequence[Any]:
     return inputs
 
@@ -47,8 +50,8 @@ class Programs:
             what the host keeps from call to call (derived weights, block lists) for a call of that
             phase, or for a skip call where the phase is None. All that depends on the host's state
             happens here: the others do the same work for the same shapes.
-        probe: (bound, carry, rest, phase) -> streams: the first blocks, which run before the body.
-        probe_base: for each of these streams the index of the carried tensor that it continues.
+        probe: (bound, carry, rest, phase) -> (streams, bases): the first blocks, which run before
+            the body, and for each stream the tensor before them that it continues, or None.
     """
 
     head: Callable[[Sequence[Any]], tuple[Tensors, Any]]
@@ -57,8 +60,7 @@ class Programs:
     base: tuple[int | None, ...]
     roles: InputRoles = field(default_factory=InputRoles)
     bind: Callable[[Sequence[Any], int | None], Sequence[Any]] = _as_they_are
-    probe: Callable[[Sequence[Any], Tensors, Any, int], Tensors] | None = None
-    probe_base: tuple[int, ...] = ()
+    probe: Probe | None = None
 
 
 class Started(NamedTuple):
@@ -96,15 +98,12 @@ class Full(NamedTuple):
 def start(programs: Programs, bound: Sequence[Any], phase: int, gate: Gate | None) -> Started:
     """Run what comes before the body."""
     carry, rest = programs.head(bound)
-    before, probed, signals = _versions(carry), list[Tensor](), list[Tensor]()
+    before, probed, signals = _versions(carry), carry, list(carry)
     if programs.probe is not None:
-        probed = list(programs.probe(bound, carry, rest, phase))
-    if gate is not None and gate.probes:
-        streams = zip(probed, programs.probe_base, strict=True)
-        signals = [stream - carry[base] for stream, base in streams]
-    elif gate is not None:
-        signals = list(carry)
-    return Started(carry, rest, before, probed, signals)
+        probed, bases = programs.probe(bound, carry, rest, phase)
+        streams = zip(probed, bases, strict=True)
+        signals = [s.clone() if base is None else s - base for s, base in streams]
+    return Started(carry, rest, before, probed, signals if gate is not None else ())
 
 
 def run_full(
