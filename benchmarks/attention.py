@@ -1,12 +1,14 @@
-"""Attention on one GPU: ours, cuDNN, FlashAttention-2, compiled FlexAttention on equal lists.
+"""Attention on one GPU: ours, cuDNN, FlashAttention-2 and -4, compiled FlexAttention, equal lists.
 
     python benchmarks/attention.py --output benchmarks/results/attention_h200.json
 
 A time is printed only after the correctness gate of the same run: every implementation, on every
-case, must be within twice the error that the bf16 reference itself has against fp64 (one head).
-Density is measured from the lists. Efficiency is (cuDNN dense time / time) x density: 1.00 is a
-kernel that is as fast as cuDNN on the pairs it keeps. Medians and 20th to 80th percentiles of CUDA
-events.
+case, must be within twice the error that the bf16 reference itself has against fp64 (one head), an
+8-bit one within 1.1 of its own reference's. Density is measured from the lists. Efficiency is
+(cuDNN dense time / time) x density: 1.00 is a kernel that is as fast as cuDNN on the pairs it
+keeps. 8-bit rows count the quantisation, whose time stands beside. `dispatched` repeats the row of
+the executor that `dispatch` chooses. Medians and 20th to 80th percentiles of CUDA events. A run for
+some shapes replaces only their rows in the output.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,26 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ditopt.kernels.block_sparse_attention import flex, ops, reference
+from ditopt.kernels.block_sparse_attention import (
+    dispatch,
+    fa4,
+    flex,
+    ops,
+    reference,
+    reference_8bit,
+)
 
 Lists = tuple[Tensor, Tensor]
 MIXED = [0.05, 0.05, 0.1, 0.1, 0.1, 0.2, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0]
-DATE = "2026-11-20"
+DATE = "2026-11-21"
+EXECUTORS = {  # rows' names for the names of `dispatch`
+    "gluon": "ours",
+    "triton": "ours, plain Triton",
+    "flex": "FlexAttention, compiled",
+    "fa4": "FlashAttention-4",
+    "sdpa": "cuDNN dense",
+}
+EIGHT_BIT = {"ours, int8 QK": False, "ours, int8 QK and e4m3 PV": True}
 
 
 def random_lists(densities: list[float], n: int, block_q: int, block_k: int) -> Lists:
@@ -77,13 +95,80 @@ def compiled_flex(block_q: int, block_k: int, scale: float) -> Callable[..., Ten
     return lambda *args: compiled(*args[:5])[0]
 
 
-def candidates(block_q: int, block_k: int, scale: float) -> dict[str, Callable[..., Tensor]]:
+def candidates(q: Tensor, block_q: int, block_k: int) -> dict[str, Callable[..., Tensor]]:
     """Implementations with the operator's signature."""
     from ditopt.kernels.block_sparse_attention import triton as kernel
 
     found: dict[str, Callable[..., Tensor]] = {"ours": ops.call, "ours, plain Triton": kernel.plain}
-    found["FlexAttention, compiled"] = compiled_flex(block_q, block_k, scale)
+    found[EXECUTORS["flex"]] = compiled_flex(block_q, block_k, q.shape[-1] ** -0.5)
+    if fa4.reason_to_decline(q, block_q, block_k) is None:
+        found[EXECUTORS["fa4"]] = torch.ops.ditopt.block_sparse_attention_fa4.default
     return found
+
+
+def eight_bit(
+    args: tuple[Any, ...], head: tuple[Any, ...], truth: Tensor, label: str, case: dict[str, Any]
+) -> dict[str, Any]:
+    """Times and error of one 8-bit form; stops the program when its gate is red."""
+    from ditopt.kernels.block_sparse_attention import hopper_8bit
+    from ditopt.kernels.block_sparse_attention.quantize import quantize
+
+    values = EIGHT_BIT[label]
+    q, k, v, counts, ids, block_q, block_k, scale = args
+    own = relative_error(
+        reference_8bit.block_sparse_attention_8bit(*head, *args[5:], values=values), truth
+    )
+    error = relative_error(hopper_8bit.forward(*args, values=values)[:, -1:], truth)
+    if not error <= 1.1 * own:
+        raise SystemExit(f"gate: {label}, {case}: error {error}, its reference's {own}")
+    operands = quantize(q, k, v, block_k, scale, values=values)
+    out = ops.empty_output(q, v)
+    attend = partial(hopper_8bit.forward_quantized, operands, out, counts, ids, block_q, block_k)
+    prepare = partial(quantize, q, k, v, block_k, scale, values=values)
+    times = time_ms(partial(hopper_8bit.forward, *args, values=values))
+    parts = {"quantize_ms": time_ms(prepare)["ms"], "attend_ms": time_ms(attend)["ms"]}
+    return {"error": error, "error_of_reference": own, **times, **parts}
+
+
+def load_bound(args: tuple[Any, ...]) -> dict[str, Any]:
+    """The kernel's loads alone: what no arithmetic can be faster than."""
+    from attention_loads import loads
+
+    q, k, v, counts, ids, block_q, block_k, _ = args
+    times = time_ms(partial(loads, q, k, v, counts, ids, block_q, block_k))
+    moved = int(counts.sum()) * block_k * q.shape[-1] * 4
+    return {**times, "tb_per_s": moved / times["ms"] / 1e9}
+
+
+def dispatched(args: tuple[Any, ...], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the executor that is chosen for these lists where all of them are installed."""
+    q, k, _, counts, ids, block_q, block_k, _ = args
+    kept = (counts.double().mean((0, 2)) / ids.shape[-1]).tolist()
+    batch, _, n_q, d = q.shape
+    site = dispatch.Site(batch, n_q, k.shape[2], d, block_q, block_k, tuple(kept))
+    declined = dispatch.reasons_to_decline(q, block_q, block_k)
+    choice = dispatch.choose(site, torch.cuda.get_device_name(), declined)
+    name = EXECUTORS[choice.executor]
+    chosen = next(row for row in rows if row["implementation"] == name)
+    return {**chosen, "implementation": "dispatched", "executor": choice.executor}
+
+
+def dense_rows(name: str, heads: int, q: Tensor, k: Tensor, v: Tensor) -> list[dict[str, Any]]:
+    """cuDNN, FlashAttention-2 and, where installed, -4."""
+    n, d = q.shape[2:]
+    calls = {
+        "cuDNN dense": partial(dense, SDPBackend.CUDNN_ATTENTION, q, k, v),
+        "FlashAttention-2 dense": partial(dense, SDPBackend.FLASH_ATTENTION, q, k, v),
+    }
+    if fa4.reason_to_decline(q, 128, 128) is None:
+        calls["FlashAttention-4 dense"] = partial(fa4.dense, q, k, v, d**-0.5)
+    timed = {label: time_ms(call) for label, call in calls.items()}
+    flops, base = 4.0 * heads * n * n * d, timed["cuDNN dense"]["ms"]
+    return [
+        {"shape": name, "implementation": label, "density": 1.0, **times}
+        | {"tflops": flops / times["ms"] / 1e9, "speedup_over_cudnn": base / times["ms"]}
+        for label, times in timed.items()
+    ]
 
 
 def run_case(
@@ -95,40 +180,51 @@ def run_case(
     q, k, v = (
         torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv"
     )
-    baseline = time_ms(partial(dense, SDPBackend.CUDNN_ATTENTION, q, k, v))
-    flash = time_ms(partial(dense, SDPBackend.FLASH_ATTENTION, q, k, v))
-    flops = 4.0 * heads * n * n * d
-    results = [
-        {"shape": name, "implementation": label, "density": 1.0, **times}
-        | {"tflops": flops / times["ms"] / 1e9}
-        for label, times in (("cuDNN dense", baseline), ("FlashAttention-2 dense", flash))
-    ]
+    results = dense_rows(name, heads, q, k, v)
+    base, flash = (row["ms"] for row in results[:2])
     print(*map(row, results), sep="\n", flush=True)
     implementations: dict[tuple[int, int], dict[str, Callable[..., Tensor]]] = {}
     for case in cases:
-        block_q, block_k = case["block"]
-        counts, ids = random_lists(case["densities"](heads), n, block_q, block_k)
+        block_q, block_k = blocks = case["block"]
+        counts, ids = random_lists(case["densities"](heads), n, *blocks)
         density = float(counts.float().mean()) / ids.shape[-1]
         rest = (block_q, block_k, d**-0.5)
-        if rest[:2] not in implementations:
-            implementations[rest[:2]] = candidates(*rest)
+        if blocks not in implementations:
+            implementations[blocks] = candidates(q, *blocks)
         head = (q[:, -1:], k[:, -1:], v[:, -1:], counts[:, -1:], ids[:, -1:])
         truth = reference.block_sparse_attention(*(x.double() for x in head[:3]), *head[3:], *rest)
         own = relative_error(reference.block_sparse_attention(*head, *rest), truth)
-        for label, call in implementations[rest[:2]].items():
-            args = (q, k, v, counts, ids, *rest)
+        args = (q, k, v, counts, ids, *rest)
+        rows: list[dict[str, Any]] = []
+        for label, call in implementations[blocks].items():
             error = relative_error(call(*args)[:, -1:], truth)
             if not error <= 2 * own:
                 raise SystemExit(f"gate: {label}, {name}, {case}: error {error}, budget {2 * own}")
-            times = time_ms(partial(call, *args))
+            rows.append({"implementation": label, "error": error, **time_ms(partial(call, *args))})
+        if case.get("eight_bit"):
+            for label in EIGHT_BIT:
+                measured = eight_bit(args, head, truth, label, case)
+                rows.append({"implementation": label, **measured})
+        rows.append(dispatched(args, [*rows, results[0]]))
+        for found in rows:
             results.append(
-                {"shape": name, "implementation": label, "block": [block_q, block_k]}
-                | {"lists": case["name"], "density": density, "error": error, **times}
-                | {"speedup_over_cudnn": baseline["ms"] / times["ms"]}
-                | {"speedup_over_fa2": flash["ms"] / times["ms"]}
-                | {"efficiency": baseline["ms"] / times["ms"] * density}
+                {"shape": name, "block": [block_q, block_k], "lists": case["name"]}
+                | {"density": density, **found}
+                | {
+                    "speedup_over_cudnn": base / found["ms"],
+                    "speedup_over_fa2": flash / found["ms"],
+                }
+                | {"efficiency": base / found["ms"] * density}
             )
             print(row(results[-1]), flush=True)
+        if blocks != (128, 128):
+            bound = load_bound(args)
+            share = bound["ms"] / rows[0]["ms"]
+            results.append(
+                {"shape": name, "implementation": "loads alone", "block": [block_q, block_k]}
+                | {"lists": case["name"], "density": density, **bound, "share_of_bound": share}
+            )
+            print(row(results[-1]), f"ours reaches {share:.3f} of it", flush=True)
     return results
 
 
@@ -140,25 +236,28 @@ def row(result: dict[str, Any]) -> str:
     )
 
 
-def uniform(density: float, block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
-    return {"name": "equal", "block": block, "densities": lambda heads: [density] * heads}
+def uniform(
+    density: float, block: tuple[int, int] = (128, 128), *, eight_bit: bool = False
+) -> dict[str, Any]:
+    case = {"name": "equal", "block": block, "densities": lambda heads: [density] * heads}
+    return {**case, "eight_bit": eight_bit}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one shape, two densities")
+    parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
     options = parser.parse_args()
-    sparse = [uniform(d) for d in (0.5, 0.25, 0.1, 0.05)]
+    sparse = [uniform(d, eight_bit=d == 0.25) for d in (0.5, 0.25, 0.1, 0.05)]
+    plain = [uniform(d) for d in (0.5, 0.25, 0.1, 0.05)]
     mixed = {"name": "mixed", "block": (128, 128), "densities": lambda heads: MIXED * (heads // 12)}
     other = [uniform(0.25, (128, 64)), uniform(0.25, (64, 64))]
+    whole = uniform(1.0, eight_bit=True)
     shapes: list[tuple[str, int, int, int, list[dict[str, Any]]]] = [
-        ("Wan 32768x128", 12, 32768, 128, [uniform(1.0), *sparse, mixed, *other]),
-        ("24x32768x64", 24, 32768, 64, [*sparse, mixed, *other]),
-        ("24x118784x128", 24, 118784, 128, [uniform(0.25), uniform(0.05)]),
+        ("Wan 32768x128", 12, 32768, 128, [whole, *sparse, mixed, *other]),
+        ("24x32768x64", 24, 32768, 64, [whole, *sparse, mixed, *other]),
+        ("24x118784x128", 24, 118784, 128, plain),
     ]
-    if options.quick:
-        shapes = [("Wan 32768x128", 12, 32768, 128, [sparse[1], sparse[3]])]
     import triton
 
     report: dict[str, Any] = {
@@ -169,12 +268,19 @@ def main() -> None:
             "triton": triton.__version__,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
+            "flash-attn-4": version("flash-attn-4") if fa4.installed() else None,
         },
         "dtype": "bfloat16",
         "layout": "q, k, v are [B, H, N, D] views of [B, N, H, D]",
         "results": [],
     }
+    if options.output and options.output.exists():
+        names = {shape[0] for shape in shapes if options.shapes not in shape[0]}
+        before = json.loads(options.output.read_text())["results"]
+        report["results"] = [row for row in before if row["shape"] in names]
     for name, heads, n, d, cases in shapes:
+        if options.shapes not in name:
+            continue
         report["results"] += run_case(name, heads, n, d, cases)
         torch._dynamo.reset()
         if options.output:

@@ -5,7 +5,7 @@
 """Block-sparse attention forward with 8-bit matrix products, in Gluon for Hopper.
 
 What it computes is `reference_8bit`; `hopper_8bit` quantises and launches. The structure is
-`gluon`'s: persistent CTAs, a producer warp, two consumer warpgroups that take turns. Q and K are
+`gluon`'s: persistent CTAs, a producer warp, two consumer warpgroups. Q and K are
 int8 with a scale per query row and per key block. V is the model's 16-bit V, or e4m3 with a scale
 per channel: then V comes transposed, [B, H, D, tokens], because 8-bit wgmma reads both operands
 along the summed axis, and in the token order of `hopper_8bit.TOKEN_ORDER`, so that each thread's
@@ -136,7 +136,7 @@ def _consume(
     descs, smem, tile_smem, bars, work, scales, lse_ptr, n_q, n_k, key_blocks,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, V_BYTES: gl.constexpr,
-    EARLY: gl.constexpr, PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr, PART: gl.constexpr,
+    HAS_LSE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     out_type: gl.constexpr = descs[3].dtype
     p_type: gl.constexpr = descs[2].dtype
@@ -147,12 +147,9 @@ def _consume(
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     note: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     it = 0
     nth = 0
-    turns = 0
-    if PINGPONG and PART == 1:
-        mbarrier.arrive(turn.index(0), count=1)
     mbarrier.wait(q_full.index(0), 0)
     tile = gl.max(tile_smem.index(0).load(note), 0)
     while tile < work[11]:
@@ -183,22 +180,14 @@ def _consume(
                 ahead = it + 1
                 scale_next = _scale(k_scales, block_id_next, key_blocks)
                 block_id_next = gl.load(ids + gl.maximum(count - 2 - j, 0))
-                mbarrier.wait(k_full.index(ahead % STAGES), (ahead // STAGES) & 1)
-                if EARLY:
-                    s = _scores(q, smem, ahead % STAGES, zero, BLOCK_N, D)
                 p32, m, norm, alpha = _softmax(x, q_scale * scale, m, norm, OFFSET)
                 p = _operand(p32, p_type, BLOCK_N, p_layout)
                 if V_BYTES == 2:
                     o = o * gl.convert_layout(alpha, o_rows)[:, None]
-                if PINGPONG:
-                    mbarrier.wait(turn.index(PART), turns & 1)
-                    turns += 1
-                if not EARLY:
-                    s = _scores(q, smem, ahead % STAGES, zero, BLOCK_N, D)
+                mbarrier.wait(k_full.index(ahead % STAGES), (ahead // STAGES) & 1)
+                s = _scores(q, smem, ahead % STAGES, zero, BLOCK_N, D)
                 mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
                 t = _values(p, smem, slot, o, BLOCK_N, D, V_BYTES)
-                if PINGPONG:
-                    mbarrier.arrive(turn.index(1 - PART), count=1)
                 s, t = warpgroup_mma_wait(0, (s, t))
                 mbarrier.arrive(k_empty.index(ahead % STAGES), count=1)
                 mbarrier.arrive(v_empty.index(slot), count=1)
@@ -258,7 +247,7 @@ def _forward(
     heads, tiles_per_head, tiles, width, programs, n_q, n_k, key_blocks,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, V_BYTES: gl.constexpr,
-    EARLY: gl.constexpr, PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr,
+    HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     q = _ring(q_desc, CONSUMERS * Q_STAGES, 64, D)
     k = _ring(k_desc, STAGES, BLOCK_N, D)
@@ -273,7 +262,7 @@ def _forward(
     bars = (
         _barriers(Q_STAGES, 1), _barriers(Q_STAGES, CONSUMERS),
         _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS),
-        _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS), _barriers(2, 1),
+        _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS),
     )  # fmt: skip
     work = (
         counts_ptr, ids_ptr, scratch_ptr + 1, scratch_ptr,
@@ -288,12 +277,12 @@ def _forward(
             (_consume, (
                 descs, smem, tile_smem, bars, work, scales, lse_ptr, n_q, n_k, key_blocks,
                 CONSUMERS, TILES_PER_ROW, BLOCK_N, D, STAGES, Q_STAGES, V_BYTES,
-                EARLY, PINGPONG, HAS_LSE, gl.constexpr(0),
+                HAS_LSE, gl.constexpr(0),
             )),
             (_consume, (
                 descs, smem, tile_smem, bars, work, scales, lse_ptr, n_q, n_k, key_blocks,
                 CONSUMERS, TILES_PER_ROW, BLOCK_N, D, STAGES, Q_STAGES, V_BYTES,
-                EARLY, PINGPONG, HAS_LSE, gl.constexpr(1),
+                HAS_LSE, gl.constexpr(1),
             )),
             (_produce, (
                 descs, smem, tile_smem, bars, work,

@@ -19,6 +19,7 @@ from .quantize import Quantized, quantize
 CONSUMERS = 2
 ROWS = 64 * CONSUMERS
 Q_STAGES = 2
+STAGES = 2  # deeper rings were no faster: see the README
 
 
 def reason_to_decline(q: Tensor, block_q: int, block_k: int) -> str | None:
@@ -59,9 +60,6 @@ def forward_quantized(
     block_k: int,
     *,
     lse: Tensor | None = None,
-    early: bool = False,
-    pingpong: bool = True,
-    stages: int | None = None,
 ) -> None:
     """Attention of quantised operands into ``out`` [B, H, N_q, D]."""
     batch, heads, n_q, d = out.shape
@@ -74,10 +72,9 @@ def forward_quantized(
     tiles = tiles_per_head * batch * heads
     programs = min(processors, tiles)
     values = operands.v_scale is not None
-    stages = stages or (4 if values else 3)
     constants = (
-        *(CONSUMERS, block_q // ROWS, block_k, d, stages, Q_STAGES),
-        *(1 if values else 2, early, pingpong, lse is not None),
+        *(CONSUMERS, block_q // ROWS, block_k, d, STAGES, Q_STAGES),
+        *(1 if values else 2, lse is not None),
     )
     v_box = _box(operands.v, d, block_k) if values else _box(operands.v, block_k, d)
     arguments = (
