@@ -147,16 +147,22 @@ def _run(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     extended = need_lse or needs_grad or any(option is not None for option in flags)
     chosen, why = _choose(q, extended, block_q, block_k, impl)
-    if impl == "auto" and (q.device.type, chosen) not in _reported:
-        _reported.add((q.device.type, chosen))
-        why = f" ({why})" if why else ""
-        _log.info("block_sparse_attention on %s in %s: %s%s", q.device, q.dtype, chosen, why)
+    if impl == "auto" and not torch.compiler.is_compiling():  # Dynamo traces no logging
+        _report(q, chosen, why)
     lists = (kv_num_blocks, kv_indices, block_q, block_k, scale)
     if impl == "reference" or q.device.type not in ("cpu", "cuda"):
         return reference.block_sparse_attention_with_lse(q, k, v, *lists, *flags)
     if extended or chosen == "reference":
         return ops_lse.call(q, k, v, *lists, *flags)
     return ops.call(q, k, v, *lists), q.new_empty(0)
+
+
+def _report(q: Tensor, chosen: str, why: str) -> None:
+    """Says once for each device what runs there, and why nothing faster does."""
+    if (q.device.type, chosen) not in _reported:
+        _reported.add((q.device.type, chosen))
+        why = f" ({why})" if why else ""
+        _log.info("block_sparse_attention on %s in %s: %s%s", q.device, q.dtype, chosen, why)
 
 
 def _substitutes(options: Options) -> bool:

@@ -34,11 +34,14 @@ from .ops import empty_output
 from .ops_lse import structured
 from .triton_tiles import (
     accumulate,
+    block_bits,
     eighths,
     entry_tokens,
     existing,
+    hide,
     inner,
     list_arguments,
+    load_bias,
     load_tile,
     split_head_size,
     store_tile,
@@ -51,17 +54,26 @@ if TYPE_CHECKING:
     from .lists import Partial, Pooled
 
 
+POOLED_LOOP_STAGES = 2  # deeper rings of so short a loop cost D = 128 registers
+
+
 @triton.jit
 def _step(
-    acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside, seen, bias,
+    acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside, bias, seen,
     qk_scale,
-    MASK: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
+    MASK: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """One key tile of the online softmax, in log2 units; ``seen`` and ``bias`` count under MASK."""
+    """One key tile of the online softmax, in log2 units.
+
+    ``bias`` counts under MASK and hides what is no token; ``seen`` [M, N] counts under BITS.
+    """
     k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
     s = inner(q1, q2, k1, k2, D2, IEEE)
     if MASK:
-        s = tl.where(seen, s * qk_scale + bias, float("-inf"))
+        s = s * qk_scale + bias[None, :]
+        if BITS:
+            s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.math.exp2(s - shift[:, None])
@@ -94,9 +106,9 @@ def _forward(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_LSE: tl.constexpr,
     HAS_ORDER: tl.constexpr, HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, IEEE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, POOLED_STAGES: tl.constexpr,
+    IEEE: tl.constexpr,
 ):  # fmt: skip
-    LOG2E: tl.constexpr = 1.4426950408889634
     pid_m = tl.program_id(0)
     pid_bh = tl.program_id(1)
     qk_scale = tl.full([], qk_scale, tl.float32)  # Inductor passes Python's floats as float64
@@ -137,66 +149,54 @@ def _forward(
         total = count * (BLOCK_K // BLOCK_N)
         plain = tl.maximum(total - BLOCK_K // BLOCK_N, 0)
     if HAS_LENGTHS or HAS_BIAS:
-        for j in range(total):
-            block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
-            offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, HAS_LENGTHS)
-            bias = 0.0
-            if HAS_BIAS:
-                bias = (tl.load(bias_ptr + offs, mask=inside, other=0.0) * LOG2E)[None, :]
-            acc1, acc2, m, norm = _step(
-                acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
-                inside[None, :], bias, qk_scale, True, D, D1, D2, IEEE,
-            )  # fmt: skip
-    else:
-        for j in range(plain):
-            block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
-            offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, False)
-            acc1, acc2, m, norm = _step(
-                acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
-                inside, 0.0, qk_scale, False, D, D1, D2, IEEE,
-            )  # fmt: skip
-        for j in range(plain, total):
-            block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
-            offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, False)
-            acc1, acc2, m, norm = _step(
-                acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
-                inside[None, :], 0.0, qk_scale, True, D, D1, D2, IEEE,
-            )  # fmt: skip
+        plain = 0
+    for j in range(plain):
+        block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
+        offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, False)
+        acc1, acc2, m, norm = _step(
+            acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
+            inside, inside, qk_scale, False, False, D, D1, D2, IEEE,
+        )  # fmt: skip
+    for j in range(plain, total):
+        block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
+        offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, HAS_LENGTHS)
+        bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
+        acc1, acc2, m, norm = _step(
+            acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
+            bias, inside, qk_scale, True, False, D, D1, D2, IEEE,
+        )  # fmt: skip
     if HAS_PARTIAL:
         some_ids_ptr += b * stride_sib + h * stride_sih + row.to(tl.int64) * stride_siq
         mask_ids_ptr += b * stride_sib + h * stride_sih + row.to(tl.int64) * stride_siq
         some = tl.load(some_counts_ptr + b * stride_scb + h * stride_sch + row)
         some = tl.minimum(tl.maximum(some, 0), some_width)
-        WORDS: tl.constexpr = (BLOCK_K + 31) // 32
         in_block = (pid_m % (BLOCK_Q // BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
         for j in range(tl.cdiv(some * BLOCK_K, BLOCK_N)):
             block, place = entry_tokens(some_ids_ptr, j, some, BLOCK_K, BLOCK_N)
             offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, HAS_LENGTHS)
             mask_id, _ = entry_tokens(mask_ids_ptr, j, some, BLOCK_K, BLOCK_N)
-            known = inside & (mask_id >= 0) & (mask_id < masks)
-            words = masks_ptr + ((mask_id.to(tl.int64) * BLOCK_Q) * WORDS + tl.zeros_like(place))
-            words = words[None, :] + in_block[:, None] * WORDS
-            seen = test_bits(words, place[None, :], known[None, :])
-            bias = 0.0
-            if HAS_BIAS:
-                bias = (tl.load(bias_ptr + offs, mask=inside, other=0.0) * LOG2E)[None, :]
+            seen = block_bits(
+                masks_ptr, mask_id, masks, in_block, place, inside,
+                BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
             acc1, acc2, m, norm = _step(
                 acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
-                seen, bias, qk_scale, True, D, D1, D2, IEEE,
+                bias, seen, qk_scale, True, True, D, D1, D2, IEEE,
             )  # fmt: skip
     if HAS_POOLED:
         pooled_k_ptr += b * (stride_pkb * 8) + h * (stride_pkh * 8)
         pooled_v_ptr += b * (stride_pvb * 8) + h * (stride_pvh * 8)
         pooled_bias_ptr += b * stride_pbb + h * stride_pbh
         bits_ptr += b * stride_wb + h * stride_wh + row.to(tl.int64) * stride_wq
-        for j in range(tl.cdiv(n_pooled, BLOCK_N)):
+        for j in tl.range(tl.cdiv(n_pooled, BLOCK_N), num_stages=POOLED_STAGES):
             offs = j * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = offs < n_pooled
-            seen = test_bits(bits_ptr, offs, inside)[None, :]
-            bias = (tl.load(pooled_bias_ptr + offs, mask=inside, other=0.0) * LOG2E)[None, :]
+            bias = load_bias(pooled_bias_ptr, offs, inside, True)
+            bias = hide(bias, test_bits(bits_ptr, offs, inside))
             acc1, acc2, m, norm = _step(
                 acc1, acc2, m, norm, q1, q2, pooled_k_ptr, pooled_v_ptr, stride_pkn * 8,
-                stride_pvn * 8, offs, inside, seen, bias, qk_scale, True, D, D1, D2, IEEE,
+                stride_pvn * 8, offs, inside, bias, inside, qk_scale, True, False, D, D1, D2, IEEE,
             )  # fmt: skip
 
     inverse = (1.0 / tl.where(norm == 0.0, 1.0, norm))[:, None]
@@ -293,7 +293,7 @@ def forward(
         D=d, D1=first, D2=second, HAS_LSE=return_lse, HAS_ORDER=order is not None,
         HAS_PARTIAL=partial is not None, HAS_LENGTHS=block_lengths is not None,
         HAS_BIAS=key_bias is not None, HAS_POOLED=pooled is not None,
-        IEEE=q.dtype == torch.float32,
+        POOLED_STAGES=POOLED_LOOP_STAGES, IEEE=q.dtype == torch.float32,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse

@@ -27,11 +27,14 @@ from .triton_lists import transpose
 from .triton_tiles import (
     accumulate,
     aligned,
+    block_bits,
     eighths,
     entry_tokens,
     existing,
+    hide,
     inner,
     list_arguments,
+    load_bias,
     load_tile,
     per_head,
     split_head_size,
@@ -46,15 +49,18 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _query_step(
-    dq1, dq2, q1, q2, g1, g2, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside, seen,
-    bias, qk_scale,
-    MASK: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
+    dq1, dq2, q1, q2, g1, g2, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside, bias,
+    seen, qk_scale,
+    MASK: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k of one key tile to dq, without the scale."""
     k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
     s = inner(q1, q2, k1, k2, D2, IEEE) * qk_scale
     if MASK:
-        s = tl.where(seen, s + bias, float("-inf"))
+        s = s + bias[None, :]
+        if BITS:
+            s = tl.where(seen, s, float("-inf"))
     p = tl.math.exp2(s - lse2[:, None])
     v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2)
     ds = p * (inner(g1, g2, v1, v2, D2, IEEE) - delta[:, None])
@@ -128,39 +134,34 @@ def _grad_queries(
         offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, False)
         dq1, dq2 = _query_step(
             dq1, dq2, q1, q2, g1, g2, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn,
-            offs, inside, inside, 0.0, qk_scale, False, D, D1, D2, IEEE,
+            offs, inside, inside, inside, qk_scale, False, False, D, D1, D2, IEEE,
         )  # fmt: skip
     for j in range(plain, total):
         block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
         offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, HAS_LENGTHS)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = (tl.load(bias_ptr + offs, mask=inside, other=0.0) * LOG2E)[None, :]
+        bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
         dq1, dq2 = _query_step(
             dq1, dq2, q1, q2, g1, g2, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn,
-            offs, inside, inside[None, :], bias, qk_scale, True, D, D1, D2, IEEE,
+            offs, inside, bias, inside, qk_scale, True, False, D, D1, D2, IEEE,
         )  # fmt: skip
     if HAS_PARTIAL:
         some_ids_ptr += b * stride_sib + h * stride_sih + row.to(tl.int64) * stride_siq
         mask_ids_ptr += b * stride_sib + h * stride_sih + row.to(tl.int64) * stride_siq
         some = tl.load(some_counts_ptr + b * stride_scb + h * stride_sch + row)
         some = tl.minimum(tl.maximum(some, 0), some_width)
-        WORDS: tl.constexpr = (BLOCK_K + 31) // 32
         in_block = (pid_m % (BLOCK_Q // BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
         for j in range(tl.cdiv(some * BLOCK_K, BLOCK_N)):
             block, place = entry_tokens(some_ids_ptr, j, some, BLOCK_K, BLOCK_N)
             offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, HAS_LENGTHS)
             mask_id, _ = entry_tokens(mask_ids_ptr, j, some, BLOCK_K, BLOCK_N)
-            known = inside & (mask_id >= 0) & (mask_id < masks)
-            words = masks_ptr + ((mask_id.to(tl.int64) * BLOCK_Q) * WORDS + tl.zeros_like(place))
-            words = words[None, :] + in_block[:, None] * WORDS
-            seen = test_bits(words, place[None, :], known[None, :])
-            bias = 0.0
-            if HAS_BIAS:
-                bias = (tl.load(bias_ptr + offs, mask=inside, other=0.0) * LOG2E)[None, :]
+            seen = block_bits(
+                masks_ptr, mask_id, masks, in_block, place, inside,
+                BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
             dq1, dq2 = _query_step(
                 dq1, dq2, q1, q2, g1, g2, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn,
-                offs, inside, seen, bias, qk_scale, True, D, D1, D2, IEEE,
+                offs, inside, bias, seen, qk_scale, True, True, D, D1, D2, IEEE,
             )  # fmt: skip
     if HAS_POOLED:
         pooled_k_ptr += b * (stride_pkb * 8) + h * (stride_pkh * 8)
@@ -170,11 +171,11 @@ def _grad_queries(
         for j in range(tl.cdiv(n_pooled, BLOCK_N)):
             offs = j * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = offs < n_pooled
-            seen = test_bits(bits_ptr, offs, inside)[None, :]
-            bias = (tl.load(pooled_bias_ptr + offs, mask=inside, other=0.0) * LOG2E)[None, :]
+            bias = load_bias(pooled_bias_ptr, offs, inside, True)
+            bias = hide(bias, test_bits(bits_ptr, offs, inside))
             dq1, dq2 = _query_step(
                 dq1, dq2, q1, q2, g1, g2, lse2, delta, pooled_k_ptr, pooled_v_ptr, stride_pkn * 8,
-                stride_pvn * 8, offs, inside, seen, bias, qk_scale, True, D, D1, D2, IEEE,
+                stride_pvn * 8, offs, inside, bias, inside, qk_scale, True, False, D, D1, D2, IEEE,
             )  # fmt: skip
     store_tile(dq_ptr, offs_m, in_q, stride_dqm, dq1 * scale, dq2 * scale, D, D1, D2)
 
@@ -319,9 +320,10 @@ def default_tiles(q: Tensor, block_q: int, block_k: int) -> tuple[Tiles, Tiles]:
     if q.dtype == torch.float32:
         small = min(block_q, 32)
         return Tiles(small, 32, 4, 1), Tiles(small, min(block_k, 32), 4, 1)
-    queries = Tiles(min(block_q, 128), 64, 8 if block_q >= 128 else 4, 2)
-    keys = Tiles(min(block_q, 64), min(block_k, 128), 8 if block_k >= 128 else 4, 2)
-    return queries, keys
+    keys = Tiles(min(block_q, 64), min(block_k, 64), 4, 2)
+    if q.shape[-1] <= 64 and block_q >= 128:
+        return Tiles(128, 64, 8, 3), keys
+    return Tiles(min(block_q, 64), 64, 4, 2), keys
 
 
 def backward(

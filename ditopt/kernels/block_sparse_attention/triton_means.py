@@ -41,7 +41,7 @@ def block_means(x: Tensor, block: int, lengths: Tensor | None) -> Tensor:
     blocks = triton.cdiv(n, block)
     out = torch.empty(batch, heads, blocks, d, dtype=x.dtype, device=x.device)
     columns = triton.next_power_of_2(d)
-    rows = min(triton.next_power_of_2(block), max(16, 8192 // columns))
+    rows = min(triton.next_power_of_2(block), max(16, 16384 // columns))
     _means[(blocks, batch * heads)](
         x, out, None if lengths is None else lengths.contiguous(), *x.stride(),
         heads, n, d, blocks,

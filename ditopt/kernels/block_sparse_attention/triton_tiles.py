@@ -1,7 +1,7 @@
 # Kernels are another language: their parameters have no Python types and constexprs are upper case.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 """What the plain Triton kernels share: tiles of rows, list entries, bits, head sizes in two parts.
 
 A head size D that is no power of two is D1 + D2 channels (72 = 64 + 16, 96 = 64 + 32), so that
@@ -36,7 +36,7 @@ def load_tile(
     ptr, offs, inside, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
     """Both channel parts of some rows; the second repeats the first where there is none."""
-    x1 = load_rows(ptr, offs, inside, stride, tl.arange(0, D1), D, False)
+    x1 = load_rows(ptr, offs, inside, stride, tl.arange(0, D1), D, D1 > D)
     x2 = x1
     if D2 > 0:
         x2 = load_rows(ptr, offs, inside, stride, D1 + tl.arange(0, D2), D, D1 + D2 > D)
@@ -50,7 +50,8 @@ def store_tile(
     """Writes both channel parts of the rows that are ``inside``, in the tensor's dtype."""
     rows = ptr + offs[:, None].to(tl.int64) * stride
     cols1 = tl.arange(0, D1)
-    tl.store(rows + cols1[None, :], x1.to(ptr.dtype.element_ty), mask=inside[:, None])
+    mask = inside[:, None] & (cols1 < D)[None, :]
+    tl.store(rows + cols1[None, :], x1.to(ptr.dtype.element_ty), mask=mask)
     if D2 > 0:
         cols2 = D1 + tl.arange(0, D2)
         mask = inside[:, None] & (cols2 < D)[None, :]
@@ -107,6 +108,44 @@ def existing(block, place, lengths_ptr, n_k, BLOCK_K: tl.constexpr, HAS_LENGTHS:
 
 
 @triton.jit
+def hide(bias, inside):
+    """``bias`` of tokens in log2 units, -inf for those that are not ``inside``."""
+    return tl.where(inside, bias, float("-inf"))
+
+
+@triton.jit
+def load_bias(ptr, offs, inside, HAS_BIAS: tl.constexpr):
+    """Natural biases of tokens in log2 units, 0 without any; -inf where not ``inside``."""
+    bias = tl.zeros(offs.shape, tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(ptr + offs, mask=inside, other=0.0) * 1.4426950408889634
+    return hide(bias, inside)
+
+
+@triton.jit
+def block_bits(
+    masks_ptr, mask_id, masks, in_block, place, inside,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which pairs [BLOCK_M, BLOCK_N] of partial blocks exist; ``in_block`` are their query rows."""
+    WORDS: tl.constexpr = (BLOCK_K + 31) // 32
+    known = (mask_id >= 0) & (mask_id < masks)
+    rows = masks_ptr + (mask_id.to(tl.int64) * BLOCK_Q) * WORDS
+    if BLOCK_N > BLOCK_K or BLOCK_N < 32:  # words differ from column to column
+        words = (rows + place // 32)[None, :] + in_block[:, None] * WORDS
+        word = tl.load(words, mask=(known & inside)[None, :], other=0)
+    else:
+        # One load a row and word: a column picks its word among registers.
+        cols = tl.arange(0, BLOCK_N)
+        first = rows + (tl.min(place) // 32)
+        word = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        for i in tl.static_range(BLOCK_N // 32):
+            of_row = tl.load(first + in_block * WORDS + i, mask=known & (in_block >= 0), other=0)
+            word = tl.where((cols // 32 == i)[None, :], of_row[:, None], word)
+    return ((word >> (place % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
 def test_bits(ptr, places, inside):
     """Bits ``places`` of a row of words, False where not ``inside``."""
     words = tl.load(ptr + places // 32, mask=inside, other=0)
@@ -114,12 +153,11 @@ def test_bits(ptr, places, inside):
 
 
 def split_head_size(d: int) -> tuple[int, int]:
-    """``d`` as two power-of-two tiles (second 0 where one fits): 64 -> (64, 0), 72 -> (64, 16)."""
-    first = 1 << (d.bit_length() - 1)
-    rest = d - first
-    if rest == 0:
-        return d, 0
-    return first, max(16, 1 << (rest - 1).bit_length())
+    """``d`` as two power-of-two tiles, the second 0 where one is as small: 72 -> (64, 16)."""
+    whole = triton.next_power_of_2(d)
+    first = whole // 2
+    second = max(16, triton.next_power_of_2(d - first))
+    return (first, second) if first + second < whole else (max(16, whole), 0)
 
 
 def aligned(x: Tensor) -> Tensor:
