@@ -48,8 +48,16 @@ class PlanError(DitoptError):
     """A plan is malformed, names something unknown, or belongs to another model."""
 
 
+class WeightError(DitoptError):
+    """A weight cannot be rounded to the format that the plan names."""
+
+
 class GoalUnattainable(DitoptError):
     """No plan meets the goal; the message states what is attainable."""
+
+
+class EngineError(DitoptError):
+    """An engine cannot be exported or loaded, or was called with inputs it was not made for."""
 
 
 class BackendUnavailable(DitoptError):

@@ -12,7 +12,10 @@ from torch import nn
 
 from ditopt import fingerprint
 from ditopt.errors import CaptureError, DitoptWarning, StrictModeError
+from ditopt.gating import runtime_gate
+from ditopt.hoist import varying_inputs
 from ditopt.infer_layout import infer_grid, site_geometry
+from ditopt.linear_choices import linear_choices, statistics_of
 from ditopt.program import Phase, ProgramBuilder
 from ditopt.report import Decision
 from ditopt.runtime import CudaGraphs, InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
@@ -24,9 +27,12 @@ if TYPE_CHECKING:
     from ditopt.backends.base import Backend
     from ditopt.capture import Captured
     from ditopt.config import Options
+    from ditopt.infer_layout import Grid
     from ditopt.plan import Plan
     from ditopt.plan.checks import SiteLike
     from ditopt.plan.schema import Phase as PlanPhase
+    from ditopt.quantization import LinearRule
+    from ditopt.runtime import Gate
     from ditopt.sites import AttentionSite
     from ditopt.torch_backend import Compiled
 
@@ -60,6 +66,7 @@ class Linker:
         self.options = options
         self.root = root
         self.plan: Plan | None = options.load_plan()
+        self.builder: ProgramBuilder | None = None
 
     def link(self, backend: Backend) -> StepRuntime:
         """Lower the graph as the plan says.
@@ -72,23 +79,58 @@ class Linker:
         phases, schedule, stack = [Phase()], None, None
         if self.plan is not None:
             self._check(self.plan)
-            phases = [Phase(self._choices(self.plan, p)) for p in self.plan.phases]
+            phases = [
+                Phase(self._choices(self.plan, p), self._linear_choices(self.plan, p))
+                for p in self.plan.phases
+            ]
             stack = self._cached_stack(self.plan)
-            schedule = _schedule(self.plan, cached=stack is not None)
+            schedule = plan_schedule(
+                self.plan, self._gate(self.plan, stack), cached=stack is not None
+            )
             if stack is None and len(phases) > 1:
                 stack = _whole(self.captured)
         builder = ProgramBuilder(
-            self.captured, self.record.attention, backend, self.options, self._device()
+            self.captured,
+            self.record.attention,
+            backend,
+            self.options,
+            self._device(),
+            self.record.linear,
+            statistics_of(self.plan.tensors) if self.plan is not None else None,
         )
-        programs = builder.build(phases, stack, self._roles())
+        self.builder = builder
+        roles = self._roles()
+        order = self.plan.order if self.plan is not None else None
+        grid = self._grid(self.plan) if self.plan is not None else None
+        probe = _probed(self.plan) if schedule is not None and schedule.gate is not None else 0
+        programs = builder.build(phases, stack, roles, self._varying(roles), order, grid, probe)
         self.record.decisions += builder.decisions
         self.record.programs = len(builder.programs)
         tracker = self._tracker(schedule) if schedule is not None and not schedule.trivial else None
         runtime = StepRuntime(programs, schedule, tracker, graphs=self._graphs())
         runtime.artifact.own(value for value in self.inputs if isinstance(value, nn.Parameter))
-        for fused in builder.fused:
-            runtime.artifact.on_invalidate(fused.invalidate)
+        for derived in builder.derived.tensors:
+            runtime.artifact.on_invalidate(derived.invalidate)
+        self.record.derived = builder.derived
+        for memo in builder.memos.values():
+            runtime.artifact.on_invalidate(memo.clear)
         return runtime
+
+    def _varying(self, roles: InputRoles) -> Sequence[int] | None:
+        """Slots of the inputs that are new in each call; None where nothing is to be hoisted."""
+        if roles.varying:
+            return roles.varying
+        own = sum(item.role == "parameter" for item in self.captured.inputs)
+        if self.root is None or 2 * own < sum(1 for _ in self.root.parameters()):
+            if self.options.hoist:
+                reason = "the graph is a part of the model, so its inputs are new in each call"
+                self._decide("hoist", False, reason)
+            return None
+        users = [self.inputs[slot] for slot in self.captured.user_inputs.values()]
+        if any(isinstance(value, torch.Tensor) and value.is_inference() for value in users):
+            reason = "inference tensors carry no counter of changes: kept inside a session only"
+            self._decide("hoist", False, reason)
+        return varying_inputs(self.captured)
 
     def _graphs(self) -> CudaGraphs | None:
         if not self.options.cuda_graphs:
@@ -153,6 +195,17 @@ class Linker:
             if site.id in phase.attention or site.id in phase.selectors
         }
 
+    def _linear_choices(self, plan: Plan, phase: PlanPhase) -> dict[str, LinearRule | str]:
+        """The same for linear layers."""
+        if not phase.linear:
+            return {}
+        here = (self.captured, self.record.linear, self.inputs)
+        found = linear_choices(*here, phase.linear, statistics_of(plan.tensors))
+        for site in phase.linear.keys() - found.keys():
+            reason = "the graph has no linear layer of this name"
+            self.record.decisions.append(Decision(site, "quantize_linears", False, reason))
+        return found
+
     def _choice(
         self, plan: Plan, site: AttentionSite, phase: PlanPhase
     ) -> HeadChoice | SelectorChoice | str:
@@ -161,23 +214,26 @@ class Linker:
                 f"a graph break makes {self.captured.prefix} a graph of its own, "
                 "which equal modules share"
             )
-        grid = self.record.grid
-        if grid is None and plan.layout is not None:
-            if is_symbolic(site.tokens_q):
-                return (
-                    "the plan knows the token grid of one resolution, and this graph serves "
-                    "several; compile with dynamic=False"
-                )
-            grid = (plan.layout.frames, plan.layout.height, plan.layout.width)
+        grid = self._grid(plan)
+        if self.record.grid is None and grid is not None and is_symbolic(site.tokens_q):
+            return (
+                "the plan knows the token grid of one resolution, and this graph serves several; "
+                "compile with dynamic=False"
+            )
         if grid is None:
             return "the token grid is unknown"
         geometry = site_geometry(self.captured, site, grid)
         if isinstance(geometry, str):
             return geometry
-        place = (geometry, grid, plan.block.q, plan.block.k)
+        place = (geometry, grid, plan.block.q, plan.block.k, plan.order)
         if site.id in phase.selectors:
             return SelectorChoice(phase.selectors[site.id], *place)
         return HeadChoice(tuple(phase.attention[site.id]), *place)
+
+    def _grid(self, plan: Plan) -> Grid | None:
+        if self.record.grid is not None or plan.layout is None:
+            return self.record.grid
+        return plan.layout.frames, plan.layout.height, plan.layout.width
 
     def _cached_stack(self, plan: Plan) -> Stack | None:
         """The block stack that the plan's skip calls leave out; None where nothing is cached."""
@@ -196,6 +252,20 @@ class Linker:
             f"the output of {first.path} to {last.path}",
         )
         return found
+
+    def _gate(self, plan: Plan, stack: Stack | None) -> Gate | None:
+        if plan.cache is None or stack is None:
+            return None
+        gate = runtime_gate(plan.cache, self.captured, stack, self.options.gate_group)
+        if gate is not None:
+            together = f", by the largest of group {gate.group}" if gate.group else ""
+            reason = (
+                f"each of the {len(plan.cache.coefficients)} calls that may skip waits once for "
+                f"the device: a change of kind {gate.kind} over {gate.threshold:g} makes it "
+                f"full{together}"
+            )
+            self._decide("gate", True, reason)
+        return gate
 
     def _stack_or_reason(self, plan: Plan) -> Stack | str:
         here = {site.id for site in self.record.attention}
@@ -218,7 +288,7 @@ class Linker:
         return by_plan[key]
 
 
-def _schedule(plan: Plan, *, cached: bool) -> StepSchedule:
+def plan_schedule(plan: Plan, gate: Gate | None, *, cached: bool) -> StepSchedule:
     """The plan's calls; all of them in full where the cache cannot be used."""
     calls = plan.sampler.calls
     cache = plan.cache if cached else None
@@ -229,7 +299,14 @@ def _schedule(plan: Plan, *, cached: bool) -> StepSchedule:
         timesteps=plan.sampler.timesteps or None,
         phases=[phase.calls for phase in plan.phases],
         branches=plan.sampler.branches,
+        gate=gate,
     )
+
+
+def _probed(plan: Plan | None) -> int:
+    """How many blocks run before a gate decides."""
+    gate = plan.cache.gate if plan is not None and plan.cache is not None else None
+    return 0 if gate is None or gate.kind == "input" else gate.blocks or 1
 
 
 def _whole(captured: Captured) -> Stack:

@@ -16,19 +16,22 @@ import torch
 from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from ditopt.backends.aoti import AotiExporter
 from ditopt.backends.eager import EagerBackend
 from ditopt.backends.inductor import InductorBackend
-from ditopt.errors import CaptureError, ConfigError, did_you_mean
+from ditopt.errors import BackendUnavailable, CaptureError, ConfigError, did_you_mean
 from ditopt.files import write_text
 from ditopt.graph import fake_value, output_nodes, placeholders, readable, verify
 from ditopt.passes.fuse_heads import FuseHeads
 from ditopt.passes.fuse_projections import FuseProjections
 from ditopt.passes.reorder_tokens import ReorderTokens
+from ditopt.passes.quantize_linears import QuantizeLinears
 from ditopt.passes.select_blocks_online import SelectBlocksOnline
 from ditopt.passes.select_sparse_pattern import SelectSparsePattern
+from ditopt.symbols import hint, is_symbolic
 
 if TYPE_CHECKING:
-    from ditopt.backends.base import Backend
+    from ditopt.backends.base import Backend, Exporter
     from ditopt.config import Options
     from ditopt.passes.base import NodeDecision, Pass, PassContext
 
@@ -36,6 +39,7 @@ log = logging.getLogger(__name__)
 
 PIPELINE: tuple[Pass, ...] = (
     FuseProjections(),
+    QuantizeLinears(),
     ReorderTokens(),
     SelectSparsePattern(),
     FuseHeads(),
@@ -43,6 +47,22 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 BACKENDS: dict[str, Backend] = {"eager": EagerBackend(), "inductor": InductorBackend()}
+EXPORTERS: dict[str, Exporter] = {"pt2": AotiExporter()}
+
+
+def exporter(name: str) -> Exporter:
+    """The exporter of an engine format.
+
+    Raises:
+        ConfigError: an unknown format.
+        BackendUnavailable: it needs something that is not installed.
+    """
+    if name not in EXPORTERS:
+        raise ConfigError(f"unknown format {name!r}", remedy=did_you_mean(name, EXPORTERS))
+    reason = EXPORTERS[name].available()
+    if reason is not None:
+        raise BackendUnavailable(reason)
+    return EXPORTERS[name]
 
 
 class PassRunner:
@@ -193,10 +213,19 @@ def _propagate(gm: fx.GraphModule, mode: Any, examples: Sequence[Any]) -> None:
 
 def _restrided(graph: fx.Graph, node: fx.Node, wanted: tuple[Any, ...]) -> fx.Node:
     value = fake_value(node)
+    sizes, strides, _ = wanted
     aten = torch.ops.aten
+    if any(is_symbolic(size) for size in (*sizes, *strides)):
+        # A symbol cannot be written into a graph: copy densely, in the order of the strides.
+        order = sorted(range(len(sizes)), key=lambda axis: -hint(strides[axis]))
+        inverse = [order.index(axis) for axis in range(len(sizes))]
+        ordered = graph.call_function(aten.permute.default, (node, order))
+        memory = {"memory_format": torch.contiguous_format}
+        dense = graph.call_function(aten.clone.default, (ordered,), memory)
+        return graph.call_function(aten.permute.default, (dense, inverse))
     empty = graph.call_function(
         aten.empty_strided.default,
-        (list(wanted[0]), list(wanted[1])),
+        (list(sizes), list(strides)),
         {"dtype": value.dtype, "device": value.device},
     )
     return graph.call_function(aten.copy.default, (empty, node))

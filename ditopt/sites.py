@@ -74,13 +74,22 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One linear layer: `id` is the weight's module path, `node` its node in the piece's body."""
+    """One linear layer.
+
+    Attributes:
+        id: the weight's module path.
+        in_features, out_features: K and N.
+        piece: index of the piece that holds it.
+        node: its node's name in the piece's body.
+        weight: slot of its weight, or None where that is computed.
+    """
 
     id: str
     in_features: int
     out_features: int
     piece: int
     node: str
+    weight: int | None = None
 
 
 def find_sites(captured: Captured) -> tuple[list[AttentionSite], list[LinearSite]]:
@@ -247,11 +256,12 @@ def _describe_linear(captured: Captured, piece: Piece, index: int, node: fx.Node
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     out_features, in_features = fake_value(weight).shape
-    name = instance_path(captured, piece, node)
+    name, owner = instance_path(captured, piece, node), None
     base = _base(weight)
     if base.op == "placeholder":
         position = [n for n in piece.body.gm.graph.nodes if n.op == "placeholder"].index(base)
         slot = piece.inputs[position]
         if slot < len(captured.inputs) and captured.inputs[slot].role == "parameter":
             name = captured.inputs[slot].name.rsplit(".", 1)[0]
-    return LinearSite(name, _int(in_features), _int(out_features), index, node.name)
+            owner = slot if base is weight else None
+    return LinearSite(name, _int(in_features), _int(out_features), index, node.name, owner)

@@ -25,6 +25,7 @@ from ditopt.errors import ConfigError, DitoptWarning, PlanError, StrictModeError
 from ditopt.report import Decision
 
 if TYPE_CHECKING:
+    from ditopt.derived import DerivedWeights
     from ditopt.sites import AttentionSite, LinearSite
 
 
@@ -40,6 +41,7 @@ class Compiled:
         programs: number of distinct lowered programs.
         grid: frames, rows, columns of the token grid, or None.
         seconds: time spent in the backend, by part.
+        derived: weights that its programs read in place of the model's own.
     """
 
     root: Callable[[], nn.Module | None]
@@ -50,6 +52,7 @@ class Compiled:
     programs: int = 0
     grid: tuple[Any, Any, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    derived: DerivedWeights | None = None
 
 
 log = logging.getLogger(__name__)

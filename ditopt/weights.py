@@ -3,65 +3,89 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Make = Callable[[list[Tensor]], Mapping[str, Tensor]]
 
-class FusedTensor:
-    """Several weights one below the other.
+
+class DerivedTensors:
+    """Tensors made from some of the model's own.
 
     The originals are recognised by object, storage address and version counter; a change of any of
-    them (LoRA, `load_state_dict`, an optimizer step) makes the copy again, in place, so that its
-    address stays.
+    them (LoRA, `load_state_dict`, an optimizer step) makes the tensors again, in place, so that
+    their addresses stay.
 
     Args:
         slots: environment slots of the originals.
-        release: free the originals' memory once the copy exists. They cannot be used or changed
-            after that.
+        make: from the originals to the derived tensors by name.
+        release: free the originals' memory once the derived tensors exist. They cannot be used or
+            changed after that.
     """
 
-    def __init__(self, slots: Sequence[int], *, release: bool) -> None:
-        self._slots = tuple(slots)
-        self._release = release
+    def __init__(self, slots: Sequence[int], make: Make, *, release: bool) -> None:
+        self.slots = tuple(slots)
+        self.release = release
+        self._make = make
         self._seen: list[tuple[weakref.ref[Tensor], int, int]] | None = None
-        self._value: Tensor | None = None
+        self._values: dict[str, Tensor] = {}
+        self._readers: dict[str, Callable[[Sequence[Any]], Tensor]] = {}
         self._released = False
 
-    def get(self, env: Sequence[Any]) -> Tensor:
-        """The fused tensor, up to date with the originals in `env`."""
+    def reader(self, name: str) -> Callable[[Sequence[Any]], Tensor]:
+        """A function from the environment to one of the tensors; the same for the same name."""
+        return self._readers.setdefault(name, partial(self._get, name))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the derived tensors; 0 before they are made."""
+        return sum(value.untyped_storage().nbytes() for value in self._values.values())
+
+    def invalidate(self) -> None:
+        """Make the tensors again at the next call (for changes that leave no trace on a tensor)."""
+        self._seen = None
+
+    def _get(self, name: str, env: Sequence[Any]) -> Tensor:
         if self._released:
-            assert self._value is not None
-            return self._value
-        parts = [env[slot] for slot in self._slots]
-        if self._value is None or self._seen is None or not all(map(_unchanged, parts, self._seen)):
-            self._make(parts)
+            return self._values[name]
+        parts = [env[slot] for slot in self.slots]
+        if self._seen is None or not all(map(_unchanged, parts, self._seen)):
+            self._refresh(parts)
             self._seen = [(weakref.ref(p), p.data_ptr(), _version(p)) for p in parts]
-            if self._release:
+            if self.release:
                 for part in parts:
                     part.untyped_storage().resize_(0)
                 self._released = True
-        assert self._value is not None
-        return self._value
+        return self._values[name]
 
-    def invalidate(self) -> None:
-        """Make the copy again at the next call (for changes that leave no trace on a tensor)."""
-        self._seen = None
-
-    def _make(self, parts: Sequence[Tensor]) -> None:
+    def _refresh(self, parts: list[Tensor]) -> None:
         with torch.no_grad():
-            fresh = torch.cat([part.detach() for part in parts])
-            fits = (
-                self._value is not None
-                and self._value.shape == fresh.shape
-                and self._value.dtype == fresh.dtype
-            )
-            if fits and self._value is not None and self._value.device == fresh.device:
-                self._value.copy_(fresh)
-            else:
-                self._value = fresh
+            for name, fresh in self._make(parts).items():
+                kept = self._values.get(name)
+                if kept is not None and _fits(kept, fresh):
+                    kept.copy_(fresh)
+                else:
+                    self._values[name] = fresh
+
+
+class FusedTensor(DerivedTensors):
+    """Several weights one below the other."""
+
+    def __init__(self, slots: Sequence[int], *, release: bool) -> None:
+        super().__init__(slots, _stacked, release=release)
+        self.get = self.reader("stacked")
+
+
+def _stacked(parts: list[Tensor]) -> dict[str, Tensor]:
+    return {"stacked": torch.cat([part.detach() for part in parts])}
+
+
+def _fits(kept: Tensor, fresh: Tensor) -> bool:
+    return (kept.shape, kept.dtype, kept.device) == (fresh.shape, fresh.dtype, fresh.device)
 
 
 def _version(tensor: Tensor) -> int:

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from torch import fx
 
     from ditopt.config import Options
+    from ditopt.quantization import LinearRule
 
 
 EXECUTOR = "ditopt_executor"
 """Key in a node's meta: the executor that a backend is to lower a block-sparse attention to."""
+
+
+MEMBERS = "ditopt_members"
+"""Key in a linear node's meta: names of the layers that were merged into it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,25 @@ class TokenPermutation:
 
     node: str
     inverse: bool
+
+
+@dataclass(frozen=True)
+class LinearOperand:
+    """A tensor that a quantized layer reads in place of its weight: see `quantization.layer`.
+
+    Attributes:
+        node: the layer, whose input's statistics its transform takes; the first where several are
+            merged.
+        rule: of the plan.
+        weights, biases: the graph's inputs that it is made from, one below the other.
+        name: one of `quantization.layer.operands`.
+    """
+
+    node: str
+    rule: LinearRule
+    weights: tuple[int, ...]
+    biases: tuple[int, ...]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +126,7 @@ class PassContext:
         reordered: attention nodes that put their tokens into the plan's order, and why they do so
             one by one.
         declined: attention nodes for which it asks in vain, with the reason.
+        linear: linear nodes with their rule, or the reason why it cannot be followed.
         own: positions of the inputs that are the model's own tensors; only these last from call to
             call, so only of these may the runtime keep something derived.
     """
@@ -111,6 +136,7 @@ class PassContext:
     online: Mapping[str, OnlineChoice] = field(default_factory=dict)
     reordered: Mapping[str, str] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
+    linear: Mapping[str, LinearRule | str] = field(default_factory=dict)
     own: frozenset[int] = frozenset()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ditopt.graph import arguments, fake_value, placeholders
-from ditopt.passes.base import FusedWeight, NodeDecision, PassContext, add_input
+from ditopt.passes.base import MEMBERS, FusedWeight, NodeDecision, PassContext, add_input
 
 aten = torch.ops.aten
 
@@ -31,10 +31,11 @@ class FuseProjections:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> list[NodeDecision]:
         """Fuse every group that qualifies."""
         own = {node for k, node in enumerate(placeholders(gm)) if k in ctx.own}
-        groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        # Layers that the plan treats differently stay apart.
+        groups: dict[tuple[fx.Node, Any], list[fx.Node]] = defaultdict(list)
         for node in gm.graph.nodes:
             if node.op == "call_function" and node.target is aten.linear.default:
-                groups[arguments(node)[0]].append(node)
+                groups[arguments(node)[0], ctx.linear.get(node.name)].append(node)
         decisions = []
         for members in groups.values():
             if len(members) < 2:
@@ -102,6 +103,7 @@ def _rewrite(gm: fx.GraphModule, members: list[fx.Node]) -> None:
     for created in (fused, split):
         created.meta = {key: first.meta[key] for key in ("nn_module_stack",) if key in first.meta}
         created.meta["val"] = None  # filled by the runner's propagation
+    fused.meta[MEMBERS] = tuple(node.name for node in members)
     for node, part in zip(members, parts, strict=True):
         node.replace_all_uses_with(part)
         gm.graph.erase_node(node)

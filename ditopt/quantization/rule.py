@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-Format = Literal["fp8_row", "int8_row", "int4_group", "twin_log", "codebook"]
+Format = Literal["none", "fp8_row", "int8_row", "int4_group", "twin_log", "codebook"]
 Transform = Literal["none", "centre", "balance", "rotate"]
 
 STORAGE: tuple[Format, ...] = ("int4_group", "twin_log", "codebook")
@@ -18,7 +18,8 @@ class LinearRule(BaseModel):
 
     Attributes:
         format: `fp8_row` and `int8_row` multiply in 8 bits, one scale per token and one per output
-            channel; `int4_group`, `twin_log` (4 bits) and `codebook` (2 bits) store the weight.
+            channel; `int4_group`, `twin_log` (4 bits) and `codebook` (2 bits) store the weight;
+            `none` applies the transform alone, which changes nothing but rounding.
         transform: what is done to the input, exactly undone in weight and bias, before it is
             rounded: `centre` subtracts the recorded mean of each channel, `balance` divides each
             channel by a scale between the input's and the weight's, `rotate` balances and then
@@ -34,7 +35,9 @@ class LinearRule(BaseModel):
     simulate: bool = False
 
     @model_validator(mode="after")
-    def _weights_alone_take_no_transform(self) -> Self:
+    def _format_and_transform_fit(self) -> Self:
+        if self.format == "none" and self.transform == "none":
+            raise ValueError("a rule without format and transform says nothing; leave it out")
         if self.format in STORAGE and self.transform != "none":
             raise ValueError(
                 f"format {self.format!r} rounds the weight alone and takes transform 'none'"

@@ -238,11 +238,11 @@ def test_each_site_gets_its_decision() -> None:
 def test_fused_weights_of_every_block_are_its_own() -> None:
     built = Built(fuses=True)
     built.build()
-    assert len(built.builder.fused) == 6 * 2  # weight and bias
+    assert len(built.builder.derived.tensors) == 6 * 2  # weight and bias
 
 
 def test_an_unfused_option_reaches_the_passes() -> None:
     built = Built()
     out = built.run(built.build(fuse_projections=False))
-    assert built.builder.fused == []
+    assert built.builder.derived.tensors == []
     assert torch.equal(out, dense(built))

@@ -1,0 +1,141 @@
+"""One quantized layer: what it keeps of its weight and bias, and how it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ditopt.errors import WeightError
+from ditopt.quantization import transforms
+from ditopt.quantization.rowwise import FP8_ROW, INT8_ROW, RowFormat
+
+if TYPE_CHECKING:
+    from ditopt.quantization.rule import LinearRule
+
+aten = torch.ops.aten
+
+Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class StoredFormat(Protocol):
+    """A format of the weight alone."""
+
+    name: str
+
+    def parts(self, n: int, k: int) -> Parts:
+        """Shape and dtype of what `encode` gives for a weight [N, K]."""
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """The stored weight, from [N, K] in float32."""
+
+    def decode(self, parts: Mapping[str, Any], n: int, k: int, out: torch.dtype) -> Any:
+        """The weight [N, K] in dtype `out`; in ATen operators, as `rowwise` explains."""
+
+
+ROW_FORMATS: dict[str, RowFormat] = {f.name: f for f in (FP8_ROW, INT8_ROW)}
+STORED_FORMATS: dict[str, StoredFormat] = {}
+
+
+def operands(rule: LinearRule, n: int, k: int, dtype: torch.dtype) -> Parts:
+    """Shape and dtype of each tensor that `derive` makes, in order.
+
+    Args:
+        rule: of the plan.
+        n: output channels.
+        k: input channels.
+        dtype: of the model's weight.
+    """
+    wide = computing_dtype(dtype)
+    found: Parts = {}
+    if rule.format == "none":
+        found["weight"] = ((n, k), dtype)
+    else:
+        found |= _format(rule).parts(n, k)
+    found |= {name: (s, wide) for name, s in transforms.parts(rule.transform, k).items()}
+    if rule.transform == "centre":
+        found["bias"] = ((n,), dtype)
+    return found
+
+
+def derive(
+    rule: LinearRule,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    statistics: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """What the layer keeps in place of its weight, under the names of `operands`.
+
+    Args:
+        rule: of the plan.
+        weights: [N_i, K] each, one below the other.
+        biases: [N_i] each; empty without.
+        statistics: of the input channels, as the transform needs them.
+
+    Raises:
+        WeightError: a weight is not finite, so no scale fits it.
+    """
+    stacked = torch.cat([weight.detach() for weight in weights])
+    dtype = stacked.dtype
+    wide = stacked.to(computing_dtype(dtype))
+    if not bool(torch.isfinite(wide).all()):
+        raise WeightError(
+            "a weight to be quantized holds NaN or infinity",
+            remedy="Repair the checkpoint, or leave the layer out of the plan's `linear` rules.",
+        )
+    bias = torch.cat([b.detach() for b in biases]) if biases else None
+    weight, bias, found = transforms.fold(rule.transform, wide, bias, statistics)
+    if rule.transform == "centre":
+        assert bias is not None
+        found["bias"] = bias.to(dtype)
+    if rule.format == "none":
+        return {"weight": weight.to(dtype), **found}
+    return {**_format(rule).encode(weight.float()), **found}
+
+
+def compute(
+    rule: LinearRule,
+    x: Any,
+    made: Mapping[str, Any],
+    bias: Any,
+    *,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    native: bool,
+) -> Any:
+    """The layer's result [M, N].
+
+    Args:
+        rule: of the plan.
+        x: [M, K]; a tensor, or an `fx.Proxy` to write the operators into a graph.
+        made: what `derive` gives.
+        bias: [N] or None; unused where `derive` makes one.
+        n: N.
+        k: K.
+        dtype: of x and of the result.
+        native: whether the device multiplies the format itself.
+    """
+    bias = made.get("bias", bias)
+    if rule.transform != "none":
+        wide = aten.to.dtype(x, computing_dtype(dtype))
+        x = transforms.apply(wide, rule.transform, made, k)
+    row = ROW_FORMATS.get(rule.format)
+    if row is not None:
+        return row.multiply(x, made, bias, dtype, native=native)
+    if rule.format == "none":
+        x = x if dtype == computing_dtype(dtype) else aten.to.dtype(x, dtype)
+        return aten.linear.default(x, made["weight"], bias)
+    weight = STORED_FORMATS[rule.format].decode(made, n, k, dtype)
+    return aten.linear.default(x, weight, bias)
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32, or float64 where the model is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _format(rule: LinearRule) -> RowFormat | StoredFormat:
+    return ROW_FORMATS.get(rule.format) or STORED_FORMATS[rule.format]
