@@ -143,8 +143,14 @@ class StepSchedule:
         """Of the calls whose residuals are stored, those that nothing reads after `call`."""
         if self.gate is None:
             return [source for source in stored if self.last_use[source] <= call]
-        kept = max(self.history, self.gate.order + 1) if call < self._last_skip else 0
+        kept = self.kept if call < self._last_skip else 0
         return sorted(stored, reverse=True)[kept:]
+
+    @property
+    def kept(self) -> int:
+        """With a gate, how many of the newest residuals are kept."""
+        assert self.gate is not None
+        return max(self.history, self.gate.order + 1)
 
     @cached_property
     def _last_skip(self) -> int:
