@@ -1,0 +1,1 @@
+"""Linear attention over the key blocks that block-sparse attention leaves out."""
