@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ditopt.errors import CaptureError
-from ditopt.graph import placeholders
+from ditopt.graph import fake_value, placeholders
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _KEPT_META = ("val", "nn_module_stack", "stack_trace")
@@ -28,15 +28,15 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     """Functional ATen of `gm`, same inputs and outputs, `meta["val"]` on every node.
 
     Args:
-        gm: a Torch-level GraphModule whose placeholders carry `meta["example_value"]`: fake
-            tensors or symbolic integers.
+        gm: a Torch-level GraphModule whose placeholders carry their example values: fake tensors
+            or symbolic integers.
 
     Raises:
         MutatesInput: the piece writes into one of its inputs.
     """
     from torch._functorch.aot_autograd import aot_export_module
 
-    examples = [node.meta["example_value"] for node in placeholders(gm)]
+    examples = [fake_value(node) for node in placeholders(gm)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         canonical, signature = aot_export_module(

@@ -6,9 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import fx
 
 Lowered = Callable[..., Sequence[Any]]
+
+
+class Exporter(Protocol):
+    """Writes a canonical graph as a program of another runtime.
+
+    Attributes:
+        format: name of the engine format.
+        suffix: of the program files.
+    """
+
+    format: str
+    suffix: str
+
+    def available(self) -> str | None:
+        """None when usable, else the reason and the remedy."""
+
+    def export(self, gm: fx.GraphModule, path: Path, options: Mapping[str, Any]) -> list[str]:
+        """Write `gm` to `path`; returns what it does by other means than the compiled model."""
 
 
 class Backend(Protocol):

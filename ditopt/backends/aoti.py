@@ -1,0 +1,128 @@
+"""Compile a canonical graph ahead of time into a native program: AOTInductor, `.pt2`.
+
+ditopt's operators must not stay in it: a program runs where ditopt is not installed. Block-sparse
+attention becomes FlexAttention or plain Triton, which Inductor compiles in; block selection becomes
+its reference, which is ordinary PyTorch.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ditopt.errors import EngineError
+from ditopt.graph import arguments, fake_value, placeholders
+from ditopt.passes.base import EXECUTOR
+
+
+class AotiExporter:
+    """Native programs for torch's C++ and Python runtimes."""
+
+    format = "pt2"
+    suffix = ".pt2"
+
+    def available(self) -> str | None:
+        """AOTInductor ships with torch; it says itself if it lacks a compiler."""
+        return None
+
+    def export(self, gm: fx.GraphModule, path: Path, options: Mapping[str, Any]) -> list[str]:
+        """Compile `gm`, which stays as it is, and write the program.
+
+        Args:
+            gm: its placeholders are the program's arguments, tensors alone, of fixed shapes.
+            path: file to write.
+            options: Inductor's own.
+
+        Returns:
+            What the program does by other means than the compiled model, in words.
+
+        Raises:
+            EngineError: an operator that only ditopt's library has.
+        """
+        gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        notes = _inline_operators(gm)
+        examples = _examples(gm)
+        # torch.export names inputs after the forward's parameters; `*args` keeps the order.
+        program = _Positional(gm)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(program, examples)
+            exported = _without_dead_code(exported)
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=str(path), inductor_configs=dict(options)
+            )
+        return notes
+
+
+def _examples(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """A fake tensor for each input: equal blocks share theirs, and equal inputs would be one."""
+    with FakeTensorMode():
+        return tuple(
+            torch.empty_strided(
+                tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
+            )
+            for value in map(fake_value, placeholders(gm))
+        )
+
+
+class _Positional(torch.nn.Module):
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__()
+        self.gm = gm
+
+    def forward(self, *args: Any) -> Any:
+        return self.gm(*args)
+
+
+def _without_dead_code(program: Any) -> Any:
+    program.graph_module.graph.eliminate_dead_code()
+    return program
+
+
+def _inline_operators(gm: fx.GraphModule) -> list[str]:
+    """Put something that can be compiled in the place of each operator of ditopt's own."""
+    notes: dict[str, None] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or not str(node.target).startswith("ditopt."):
+            continue
+        name = str(node.target).split(".")[1]
+        if name == "block_sparse_attention" or name.startswith("block_sparse_attention_fa4"):
+            executor, note = _attention(node)
+            node.target = executor
+            if note:
+                notes[note] = None
+        elif name == "select_blocks_pooled":
+            from ditopt.kernels.block_selection import reference
+
+            node.target = reference.select_pooled
+        elif name != "block_sparse_attention_triton":
+            raise EngineError(
+                f"the operator {node.target} needs ditopt's library where the engine runs",
+                remedy="Leave it out of the plan, or use torch.compile.",
+            )
+    gm.recompile()
+    return list(notes)
+
+
+def _attention(node: fx.Node) -> tuple[Any, str | None]:
+    from ditopt.kernels.block_sparse_attention import flex
+
+    q, *_, block_q, block_k, _ = arguments(node)
+    value = fake_value(q)
+    wanted = node.meta.get(EXECUTOR)
+    if value.is_cuda and wanted != "flex":
+        from ditopt.kernels.block_sparse_attention import triton  # noqa: F401  (registers it)
+
+        note = None if wanted == "triton" else f"{wanted or 'the operator'} became plain Triton"
+        return torch.ops.ditopt.block_sparse_attention_triton.default, note
+    declined = flex.reason_to_decline(value, block_q, block_k)
+    if declined is not None:
+        raise EngineError(f"block-sparse attention cannot be compiled in: {declined}")
+    return flex.block_sparse_attention, None

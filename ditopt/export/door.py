@@ -1,0 +1,169 @@
+"""The export door: `torch.export` of a model becomes `Captured`, the IR that every pass works on.
+
+Nothing is trusted: what torch exports is compared with the model itself on the calls of a sampling
+loop, because some models are exported without an error and wrongly (a write through `.data` is
+lost, a branch is frozen).
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+
+from ditopt.capture import Captured, Input, capture
+from ditopt.errors import EngineError
+from ditopt.export.values import bind
+from ditopt.export.verify import tolerance, worst_error
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from ditopt.export.recording import RecordedCall
+
+_KINDS = {
+    InputKind.PARAMETER: "parameter",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "buffer",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model that torch has exported.
+
+    Attributes:
+        program: functional ATen with attention, linear layers and norms kept whole.
+        captured: the same as pieces with inputs and sites.
+        values: the real values of `captured.inputs`, those of role `constant` left out.
+        leaves: every leaf of the first call by name; tensors are inputs, all else is fixed.
+        mode: `non-strict` or `strict`.
+        error: largest relative error against the model over the calls.
+    """
+
+    program: ExportedProgram
+    captured: Captured
+    values: tuple[Any, ...]
+    leaves: Mapping[str, Any]
+    mode: str
+    error: float
+
+
+def export_model(model: nn.Module, calls: Sequence[RecordedCall]) -> Exported:
+    """Export a model for the shapes of its first call and check it on every call.
+
+    Args:
+        model: in eval mode.
+        calls: recorded from the model itself, of equal shapes.
+
+    Raises:
+        EngineError: torch cannot export the model, or exports something else than the model.
+    """
+    first = calls[0]
+    failures = []
+    for mode in ("non-strict", "strict"):
+        try:
+            program = _export(model, first, strict=mode == "strict")
+        except Exception as error:  # whatever tracing a model can raise
+            lines = str(error).strip().splitlines() or [""]
+            failures.append(f"{mode}: {type(error).__name__}: {lines[0][:200]}")
+            continue
+        measured = _error(program, calls)
+        if measured <= tolerance(first.result):
+            captured, values, leaves = _capture(model, program, first)
+            return Exported(program, captured, values, leaves, mode, measured)
+        failures.append(
+            f"{mode}: torch.export gives a wrong program without saying so "
+            f"(relative error {measured:.2g} against the model)"
+        )
+    raise EngineError(
+        f"torch cannot export {type(model).__name__}: {'; '.join(failures)}",
+        remedy='Use torch.compile(model, backend="ditopt") instead.',
+    )
+
+
+def _export(model: nn.Module, call: RecordedCall, *, strict: bool) -> ExportedProgram:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, call.args, dict(call.kwargs), strict=strict)
+        functional: ExportedProgram = program.run_decompositions({})
+        return functional
+
+
+def _error(program: ExportedProgram, calls: Sequence[RecordedCall]) -> float:
+    run = program.module()
+    errors = []
+    with torch.no_grad():
+        for call in calls:
+            try:
+                result = run(*call.args, **call.kwargs)
+            except Exception:  # a guard on a value, frozen at the first call's
+                return float("inf")
+            errors.append(worst_error(result, call.result))
+    return max(errors)
+
+
+def _capture(
+    model: nn.Module, program: ExportedProgram, call: RecordedCall
+) -> tuple[Captured, tuple[Any, ...], dict[str, Any]]:
+    named = bind(inspect.signature(model.forward), call.args, call.kwargs)
+    for spec in program.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise EngineError(
+                f"the model writes into {spec.target or 'one of its inputs'} when it is called",
+                remedy="An engine's weights are constants; make the forward free of such writes.",
+            )
+    gm = _with_roles(program, _names_of_inputs(call, named))
+    captured = capture(gm)
+    own = {**program.state_dict, **program.constants}
+    values = tuple(
+        named[item.name] if item.role == "user" else own[item.name]
+        for item in captured.inputs
+        if item.role != "constant"
+    )
+    return captured, values, named
+
+
+def _names_of_inputs(call: RecordedCall, named: Mapping[str, Any]) -> list[str]:
+    """The name of each leaf in the order in which torch.export flattens the arguments."""
+    from torch.utils import _pytree as pytree
+
+    by_id: dict[int, list[str]] = {}
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            by_id.setdefault(id(value), []).append(name)
+    names = []
+    for value in pytree.tree_leaves((call.args, dict(call.kwargs))):
+        # Equal objects are the same input twice: each gets a name of its own, in order.
+        found = by_id.get(id(value), [])
+        names.append((found.pop(0) if len(found) > 1 else found[0]) if found else "")
+    return names
+
+
+def _with_roles(program: ExportedProgram, names: Sequence[str]) -> fx.GraphModule:
+    """The program's graph with a role on each input, and without inputs that are no tensors."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    returned = graph.graph_copy(program.graph_module.graph, copied)
+    by_name = {old.name: new for old, new in copied.items() if old.op == "placeholder"}
+    users = iter(names)
+    for spec in program.graph_signature.input_specs:
+        user = next(users) if spec.kind is InputKind.USER_INPUT else None
+        node = by_name.get(getattr(spec.arg, "name", ""))
+        if node is None:
+            continue
+        if not isinstance(spec.arg, TensorArgument):
+            graph.erase_node(node)
+        elif user is not None:
+            node.meta["ditopt_input"] = Input(user, "user", node.meta["val"])
+        else:
+            role: Any = _KINDS[spec.kind]
+            node.meta["ditopt_input"] = Input(str(spec.target), role, node.meta["val"])
+    graph.output(returned)
+    return fx.GraphModule(program.graph_module, graph)

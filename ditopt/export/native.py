@@ -1,0 +1,80 @@
+"""Native programs in this process: loading them, and calling one with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditopt.errors import EngineError
+from ditopt.export.schema import Program, Step, TensorSpec
+
+Native = Callable[[list[Tensor]], list[Tensor]]
+"""A loaded program: arguments in order -> results in order."""
+
+
+def load_native(path: Path) -> Native:
+    """A program that AOTInductor has compiled.
+
+    Raises:
+        EngineError: the runtime refuses the file.
+    """
+    try:
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    except (RuntimeError, OSError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise EngineError(
+            f"{path.name}: the runtime cannot load this program: {lines[0]}",
+            remedy="Export the engine anew on this machine and with this version of torch.",
+        ) from error
+    run: Native = loader.boxed_run
+    return run
+
+
+def with_weights(
+    native: Native, step: Step, tensors: Mapping[str, Tensor]
+) -> tuple[Callable[..., list[Tensor]], tuple[int, ...]]:
+    """A program with its weights in place.
+
+    Returns:
+        A function of the values in the step's slots, and these slots in order.
+    """
+    template = [tensors[item] if isinstance(item, str) else None for item in step.inputs]
+    places = [k for k, item in enumerate(step.inputs) if isinstance(item, int)]
+    slots = tuple(item for item in step.inputs if isinstance(item, int))
+
+    def call(*values: Tensor) -> list[Tensor]:
+        arguments: list[Any] = template.copy()
+        for place, value in zip(places, values, strict=True):
+            arguments[place] = value
+        return native(arguments)
+
+    return call, slots
+
+
+def checked(native: Native, program: Program) -> Native:
+    """The same, comparing what crosses its border with what the manifest says (for exporting).
+
+    Raises:
+        EngineError: a value has another size or stride than the program was compiled for.
+    """
+
+    def compare(kind: str, specs: Sequence[TensorSpec], values: Sequence[Tensor]) -> None:
+        for position, (spec, value) in enumerate(zip(specs, values, strict=True)):
+            found = TensorSpec.of(value)
+            if not spec.alike(found):
+                raise EngineError(
+                    f"{program.file}: {kind}[{position}] is {found} with strides "
+                    f"{list(found.stride)}, expected {spec} with {list(spec.stride)}"
+                )
+
+    def run(arguments: list[Tensor]) -> list[Tensor]:
+        compare("inputs", program.inputs, arguments)
+        results = native(arguments)
+        compare("outputs", program.outputs, results)
+        return results
+
+    return run
