@@ -89,6 +89,21 @@ def teacache(
     return _reusing(calls, full)
 
 
+def first_block_cache(changes: Tensor, threshold: float) -> CacheSchedule:
+    """First-Block Cache (ParaAttention): skip while the first block's residual hardly changes.
+
+    Args:
+        changes: [T, T] relative L1 change of the first block's residual from call s to call t at
+            [s, t].
+        threshold: at which a call is full, compared with the last full call.
+    """
+    full = [0]
+    for call in range(1, changes.shape[0]):
+        if not float(changes[full[-1], call]) < threshold:
+            full.append(call)
+    return _reusing(changes.shape[0], set(full))
+
+
 def magcache(
     ratios: Sequence[float], threshold: float, *, max_skips: int = 3, retention: float = 0.2
 ) -> CacheSchedule:

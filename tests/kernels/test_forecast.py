@@ -18,14 +18,17 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
 LAYOUTS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
-    "contiguous": lambda shape: torch.randn(shape),
-    "patch embedding": lambda shape: torch.randn(shape).mT.contiguous().mT,
-    "slice": lambda shape: torch.randn(*shape[:-1], shape[-1] + 3)[..., 1:-2],
-    "every other row": lambda shape: torch.randn(*shape[:-2], 2 * shape[-2], shape[-1])[
-        ..., ::2, :
-    ],
-    "one value": lambda shape: torch.randn(1).expand(shape),
+    "contiguous": lambda shape: rand(*shape),
+    "patch embedding": lambda shape: rand(*shape).mT.contiguous().mT,
+    "slice": lambda shape: rand(*shape[:-1], shape[-1] + 3)[..., 1:-2],
+    "every other row": lambda shape: rand(*shape[:-2], 2 * shape[-2], shape[-1])[..., ::2, :],
+    "one value": lambda shape: rand(1).expand(shape),
 }
 ROWS = [[1.0], [1.75, -0.75], [2.5, -2.0, 0.5], [0.5, 0.5, 0.5, 0.5, -0.25, -0.25, -0.25, -0.25]]
 
@@ -39,15 +42,7 @@ def exact(base: Tensor | None, residuals: list[Tensor], row: list[float]) -> Ten
 def fused(base: Tensor | None, residuals: list[Tensor], row: list[float]) -> Tensor:
     from ditopt.kernels.forecast import triton
 
-    def move(x: Tensor) -> Tensor:
-        if x.device.type == DEVICE:
-            return x
-        moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
-        return moved.copy_(x)
-
-    on = [move(residual) for residual in residuals]
-    there = None if base is None else move(base)
-    return triton.forecast(there, on, torch.tensor(row, device=DEVICE)).cpu()
+    return triton.forecast(base, residuals, torch.tensor(row, device=DEVICE))
 
 
 @needs_triton
@@ -58,7 +53,7 @@ def test_any_base(layout: str, shape: tuple[int, ...]) -> None:
         pytest.skip("one dimension")
     torch.manual_seed(0)
     base = LAYOUTS[layout](shape)
-    residuals = [torch.randn(shape) for _ in range(2)]
+    residuals = [rand(*shape) for _ in range(2)]
     result = fused(base, residuals, ROWS[1])
     assert result.stride() == residuals[0].stride()
     torch.testing.assert_close(
@@ -72,8 +67,8 @@ def test_any_base(layout: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=len)
 def test_accumulates_in_float32(row: list[float], dtype: torch.dtype, with_base: bool) -> None:
     torch.manual_seed(0)
-    base = torch.randn(3, 50, 20).mT.to(dtype) if with_base else None
-    residuals = [50 * torch.randn(3, 20, 50).to(dtype) for _ in row]
+    base = rand(3, 50, 20).mT.to(dtype) if with_base else None
+    residuals = [50 * rand(3, 20, 50).to(dtype) for _ in row]
     wide = exact(base, residuals, row)
     # Within a unit of the last place: the sum in fp32 is rounded to the dtype once.
     torch.testing.assert_close(
@@ -83,8 +78,8 @@ def test_accumulates_in_float32(row: list[float], dtype: torch.dtype, with_base:
 
 @needs_triton
 def test_rising_ramp_rises() -> None:
-    ramp = [torch.full((4, 3), value) for value in (2.0, 1.0)]  # newest first
-    assert torch.equal(fused(None, ramp, [2.0, -1.0]), torch.full((4, 3), 3.0))
+    ramp = [torch.full((4, 3), value, device=DEVICE) for value in (2.0, 1.0)]  # newest first
+    assert torch.equal(fused(None, ramp, [2.0, -1.0]), torch.full((4, 3), 3.0, device=DEVICE))
 
 
 @needs_triton
