@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attention import random_lists, relative_error, time_ms  # the file beside this one
-
+from benchmarks.attention import random_lists, relative_error, time_ms
 from ditopt.kernels.block_sparse_attention import lists, ops_lse, pooling, reference
 from ditopt.kernels.block_sparse_attention import triton as kernel
 from ditopt.kernels.block_sparse_attention import triton_backward as backward
@@ -80,7 +78,7 @@ def partly(counts: Tensor, ids: Tensor, share: float) -> tuple[Tensor, lists.Par
     return counts - some, lists.Partial(number, partial_ids, which, lists.pack_bits(bits))
 
 
-def options_cost(name: str, heads: int, n: int, d: int, tune: bool) -> list[Row]:
+def options_cost(name: str, heads: int, n: int, d: int) -> list[Row]:
     """Each option on the lists of each density, as a factor over the same lists without it."""
     q, k, v = operands(heads, n, d)
     scale = d**-0.5
@@ -115,10 +113,6 @@ def options_cost(name: str, heads: int, n: int, d: int, tune: bool) -> list[Row]
                 | ({"allowed": 1.04 + 1 / (BLOCK * measured)} if label == "block means" else {})
             )
             print(line(rows[-1]), flush=True)
-            for stages in (1, 3) if tune and label == "block means" else ():
-                kernel.POOLED_LOOP_STAGES = stages
-                print(f"  pooled loop of {stages} stages", time_ms(call)["ms"], flush=True)
-                kernel.POOLED_LOOP_STAGES = 2
     for label, call in (
         ("means of K and V", lambda: [pooling.block_means(x, BLOCK) for x in (k, v)]),
         ("bits of dropped blocks", lambda: pooling.dropped_bits(counts, ids, blocks, None)),
@@ -138,7 +132,7 @@ def dense_backward(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
         return time_ms(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
 
 
-def gradients(name: str, heads: int, n: int, d: int, tune: bool) -> list[Row]:
+def gradients(name: str, heads: int, n: int, d: int) -> list[Row]:
     """Backward with its transposition, against cuDNN's dense backward."""
     q, k, v = operands(heads, n, d)
     rows = [{"shape": name, "option": "cuDNN dense backward", "density": 1.0}]
@@ -150,74 +144,39 @@ def gradients(name: str, heads: int, n: int, d: int, tune: bool) -> list[Row]:
         out, lse = ops_lse.call(*args)
         grad = torch.randn_like(out)
         given = (grad, torch.zeros_like(lse), q, k, v, out, lse, *args[3:])
-        head = (x[:, -1:] for x in (grad, given[1], q, k, v, out, lse, counts, ids))
-        truth = reference.backward(*(x.double() if x.is_floating_point() else x for x in head),
-                                   BLOCK, BLOCK, d**-0.5)  # fmt: skip
-        choices = [None, *tiles(tune and density == 0.25, d)]
-        for choice in choices:
-            call: Callable[[], Any] = partial(backward.backward, *given, tiles=choice)
-            try:
-                found = call()
-            except Exception as error:
-                print(choice, type(error).__name__, flush=True)
-                continue
-            worst = max(
-                relative_error(a[:, -1:], b)
-                for a, b in zip(found[:3], truth[:3], strict=True)
-                if b is not None
-            )
-            if not worst <= 4 * torch.finfo(torch.bfloat16).eps:
-                raise SystemExit(f"gate: backward, {name}, {density}: error {worst}")
-            times = time_ms(call)
-            row = {"shape": name, "option": "backward", "density": density, "error": worst, **times}
-            row |= {"efficiency": rows[0]["ms"] / times["ms"] * density}
-            if choice is None:
-                rows.append(row)
-            print(line(row), choice or "", flush=True)
+        call = partial(backward.backward, *given)
+        head = [x[:, -1:] for x in (*given[:7], counts, ids)]
+        wide = [x.double() if x.is_floating_point() else x for x in head]
+        truth, rounded = (reference.backward(*x, *args[5:])[:3] for x in (wide, head))
+        own = max(map(relative_error, rounded, truth))
+        error = max(map(relative_error, (x[:, -1:] for x in call()[:3]), truth))
+        if not error <= 2 * own:
+            raise SystemExit(f"gate: backward, {name}, {density}: error {error}, budget {2 * own}")
+        times = time_ms(call)
+        rows.append({"shape": name, "option": "backward", "density": density, "error": error})
+        rows[-1] |= {**times, "efficiency": rows[0]["ms"] / times["ms"] * density}
+        print(line(rows[-1]), flush=True)
     return rows
 
 
-def tiles(tune: bool, d: int) -> list[tuple[backward.Tiles, backward.Tiles]]:
-    if not tune:
-        return []
-    keys = [(64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3), (64, 32, 4, 3)]
-    queries = [(64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 4), (128, 64, 4, 3)]
-    first = (128, 64, 8, 3) if d <= 64 else (64, 64, 4, 2)
-    return [(backward.Tiles(*x), backward.Tiles(64, 64, 4, 2)) for x in queries] + [
-        (backward.Tiles(*first), backward.Tiles(*x)) for x in keys
-    ]
-
-
-def head_sizes(tune: bool) -> list[Row]:
+def head_sizes() -> list[Row]:
     """The plain kernel at density 0.25, as a factor over D = 128."""
     rows: list[Row] = []
     for d in (128, 112, 96, 80, 72, 64, 32):
         q, k, v = operands(12, 32768, d)
         counts, ids = random_lists([0.25] * 12, 32768, BLOCK, BLOCK)
         args = (q, k, v, counts, ids, BLOCK, BLOCK, d**-0.5)
-        choices: list[Any] = [None]
-        if tune:
-            shapes = [(128, 64, 4, 2), (128, 64, 4, 4), (128, 32, 4, 4), (128, 64, 8, 3)]
-            choices += [kernel.PlainConfig(*x) for x in shapes if 32 < d < 112]
-        for config in choices:
-            call = partial(kernel.forward, *args, config=config)
-            try:
-                error = gate(f"head size {d}", call()[0], (*args, None, None, None, None))
-            except Exception as failure:
-                print(d, config, type(failure).__name__, flush=True)
-                continue
-            times = time_ms(call)
-            row = {"shape": f"12x32768x{d}", "option": "head size", "density": 0.25, "error": error}
-            row |= times
-            if config is None:
-                rows.append(row | {"over_128": times["ms"] / (rows[0] if rows else row)["ms"]})
-                rows[-1]["allowed"] = 1.15 * math.ceil(d / 16) * 16 / 128
-                row = rows[-1]
-            print(line(row), config or "", flush=True)
+        call = partial(kernel.forward, *args)
+        error = gate(f"head size {d}", call()[0], (*args, None, None, None, None))
+        row = {"shape": f"12x32768x{d}", "option": "head size", "density": 0.25, "error": error}
+        row |= time_ms(call)
+        rows.append(row | {"over_128": row["ms"] / (rows[0] if rows else row)["ms"]})
+        rows[-1]["allowed"] = 1.15 * math.ceil(d / 16) * 16 / 128
+        print(line(rows[-1]), flush=True)
     return rows
 
 
-def small_blocks(tune: bool) -> list[Row]:
+def small_blocks() -> list[Row]:
     """Lists of 16-token blocks with weights, as hierarchical selection makes them; 24 heads."""
     n, d, block, entries = 65536, 64, 16, 32
     q, k, v = operands(24, n, d)
@@ -227,20 +186,12 @@ def small_blocks(tune: bool) -> list[Row]:
     ids = (ids + torch.arange(0, blocks, blocks // entries, device="cuda")).int()
     bias = torch.zeros(1, 24, n, device="cuda")
     args = (q, k, v, counts, ids, block, block, d**-0.5, None, None, bias, None)
-    choices: list[Any] = [None]
-    if tune:
-        shapes = [(64, 2), (64, 4), (128, 2), (128, 4), (32, 1), (128, 1)]
-        choices += [kernel.PlainConfig(16, keys, warps, 3) for keys, warps in shapes]
-    rows: list[Row] = []
-    for config in choices:
-        call = partial(kernel.forward, *args, config=config)
-        error = gate("16-token blocks", call()[0], args) if config is None else 0.0
-        times = time_ms(call)
-        row = {"shape": f"24x{n}x{d}", "option": "32 of 16-token blocks", "error": error, **times}
-        row["density"] = entries / blocks
-        print(line(row), config or "", flush=True)
-        rows += [row] if config is None else []
-    return rows
+    call = partial(kernel.forward, *args)
+    error = gate("16-token blocks", call()[0], args)
+    row = {"shape": f"24x{n}x{d}", "option": "32 of 16-token blocks", "density": entries / blocks}
+    row |= {"error": error, **time_ms(call)}
+    print(line(row), flush=True)
+    return [row]
 
 
 def line(row: Row) -> str:
@@ -260,7 +211,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--date", required=True, help="of this run, written into the report")
-    parser.add_argument("--tune", action="store_true", help="also time other tiles; not recorded")
     options = parser.parse_args()
     import triton
 
@@ -278,12 +228,12 @@ def main() -> None:
         "results": [],
     }
     for part in (
-        partial(options_cost, "12x32768x128", 12, 32768, 128, options.tune),
-        partial(options_cost, "24x32768x64", 24, 32768, 64, options.tune),
-        partial(gradients, "12x32768x128", 12, 32768, 128, options.tune),
-        partial(gradients, "24x32768x64", 24, 32768, 64, options.tune),
-        partial(head_sizes, options.tune),
-        partial(small_blocks, options.tune),
+        partial(options_cost, "12x32768x128", 12, 32768, 128),
+        partial(options_cost, "24x32768x64", 24, 32768, 64),
+        partial(gradients, "12x32768x128", 12, 32768, 128),
+        partial(gradients, "24x32768x64", 24, 32768, 64),
+        head_sizes,
+        small_blocks,
     ):
         report["results"] += part()
         if options.output:

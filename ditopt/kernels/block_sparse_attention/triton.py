@@ -61,29 +61,28 @@ POOLED_LOOP_STAGES = 2  # deeper rings of so short a loop cost D = 128 registers
 def _step(
     acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside, bias, seen,
     qk_scale,
-    MASK: tl.constexpr, BITS: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """One key tile of the online softmax, in log2 units.
 
-    ``bias`` counts under MASK and hides what is no token; ``seen`` [M, N] counts under BITS.
+    ``bias`` [N] counts under BIAS, and may hide keys; ``seen``, [1, N] or [M, N], under MASK.
     """
-    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
+    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2, False)
     s = inner(q1, q2, k1, k2, D2, IEEE)
-    if MASK:
+    if BIAS:
         s = s * qk_scale + bias[None, :]
-        if BITS:
-            s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
+        qk_scale = 1.0
+    if MASK:
+        s = tl.where(seen, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+    shift = m_new
+    if BIAS or MASK:
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.math.exp2(s - shift[:, None])
-    else:
-        m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
-        shift = m_new
-        p = tl.math.exp2(s * qk_scale - shift[:, None])
+    p = tl.math.exp2(s * qk_scale - shift[:, None])
     alpha = tl.math.exp2(m - shift)
     norm = norm * alpha + tl.sum(p, 1)
-    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2)
+    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2, False)
     acc1 = acc1 * alpha[:, None]
     if D2 > 0:
         acc2 = acc2 * alpha[:, None]
@@ -105,13 +104,15 @@ def _forward(
     heads, n_q, n_k, n_pooled, width, some_width, masks, qk_scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_LSE: tl.constexpr,
-    HAS_ORDER: tl.constexpr, HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_ORDER: tl.constexpr, EVEN: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, POOLED_STAGES: tl.constexpr,
     IEEE: tl.constexpr,
 ):  # fmt: skip
     pid_m = tl.program_id(0)
     pid_bh = tl.program_id(1)
-    qk_scale = tl.full([], qk_scale, tl.float32)  # Inductor passes Python's floats as float64
+    # Inductor passes Python's floats as float64. A scale of 0 would make -inf * 0 of masked scores.
+    qk_scale = tl.maximum(tl.full([], qk_scale, tl.float32), 1e-30)
     if HAS_ORDER:
         pid_bh = tl.load(order_ptr + pid_bh)
     b = (pid_bh // heads).to(tl.int64)
@@ -134,7 +135,7 @@ def _forward(
     if HAS_BIAS:
         bias_ptr += b * stride_bb + h * stride_bh
 
-    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm * 8, D, D1, D2)
+    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm * 8, D, D1, D2, True)
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     acc2 = acc1
     if D2 > 0:
@@ -142,12 +143,10 @@ def _forward(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     # Ids ascend, so only the last entry can be ragged: it is peeled, and the loop has no mask code.
-    if BLOCK_N > BLOCK_K:
-        total = tl.cdiv(count, BLOCK_N // BLOCK_K)
-        plain = tl.maximum(total - 1, 0)
-    else:
-        total = count * (BLOCK_K // BLOCK_N)
-        plain = tl.maximum(total - BLOCK_K // BLOCK_N, 0)
+    total = tl.cdiv(count * BLOCK_K, BLOCK_N)
+    plain = tl.maximum(total - (BLOCK_K + BLOCK_N - 1) // BLOCK_N, 0)
+    if EVEN:
+        plain = total
     if HAS_LENGTHS or HAS_BIAS:
         plain = 0
     for j in range(plain):
@@ -163,7 +162,7 @@ def _forward(
         bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
         acc1, acc2, m, norm = _step(
             acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
-            bias, inside, qk_scale, True, False, D, D1, D2, IEEE,
+            bias, inside[None, :], qk_scale, HAS_BIAS, True, D, D1, D2, IEEE,
         )  # fmt: skip
     if HAS_PARTIAL:
         some_ids_ptr += b * stride_sib + h * stride_sih + row.to(tl.int64) * stride_siq
@@ -182,7 +181,7 @@ def _forward(
             bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
             acc1, acc2, m, norm = _step(
                 acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
-                bias, seen, qk_scale, True, True, D, D1, D2, IEEE,
+                bias, seen & inside[None, :], qk_scale, HAS_BIAS, True, D, D1, D2, IEEE,
             )  # fmt: skip
     if HAS_POOLED:
         pooled_k_ptr += b * (stride_pkb * 8) + h * (stride_pkh * 8)
@@ -244,15 +243,18 @@ def order_heads(counts: Tensor) -> tuple[Tensor, Tensor]:
     return scratch[1:], scratch[:1]
 
 
-def default_config(q: Tensor, block_q: int, block_k: int) -> PlainConfig:
+def default_config(q: Tensor, block_q: int, block_k: int, plainly: bool) -> PlainConfig:
     """The tuned configuration; float32 serves tests and only has to fit."""
     if q.dtype == torch.float32:
         return PlainConfig(min(block_q, 64), 32, 4, 2)
     name = torch.cuda.get_device_name(q.device)
     config = plain_config(name, block_q, block_k, int(q.shape[-1]))
     if block_k < 64:  # several entries fill a tile
-        config = replace(config, block_n=64)
-    return config if block_q >= 64 else replace(config, num_warps=max(1, block_q // 16))
+        config = replace(config, block_n=32 if block_q == 16 else 64)
+    if block_q < 64:
+        return replace(config, num_warps=block_q // 16)
+    # Options take registers; of 8 warps only one program would fit a multiprocessor.
+    return config if plainly or config.block_n > 64 else replace(config, num_warps=4)
 
 
 def forward(
@@ -278,7 +280,8 @@ def forward(
     batch, heads, n_q, _ = q.shape
     # These choose the program: under symbolic shapes they become constants.
     d, block_q, block_k = int(q.shape[-1]), int(block_q), int(block_k)
-    config = config or default_config(q, block_q, block_k)
+    plainly = all(option is None for option in (partial, block_lengths, key_bias, pooled))
+    config = config or default_config(q, block_q, block_k, plainly)
     q, k, v = (aligned(x) for x in (q, k, v))
     out = empty_output(q, v)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32) if return_lse else None
@@ -291,6 +294,7 @@ def forward(
         heads=heads, n_q=n_q, n_k=k.shape[2], qk_scale=scale * math.log2(math.e),
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         D=d, D1=first, D2=second, HAS_LSE=return_lse, HAS_ORDER=order is not None,
+        EVEN=config.block_n <= block_k and k.shape[2] % block_k == 0,
         HAS_PARTIAL=partial is not None, HAS_LENGTHS=block_lengths is not None,
         HAS_BIAS=key_bias is not None, HAS_POOLED=pooled is not None,
         POOLED_STAGES=POOLED_LOOP_STAGES, IEEE=q.dtype == torch.float32,

@@ -51,18 +51,18 @@ if TYPE_CHECKING:
 def _query_step(
     dq1, dq2, q1, q2, g1, g2, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside, bias,
     seen, qk_scale,
-    MASK: tl.constexpr, BITS: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k of one key tile to dq, without the scale."""
-    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
+    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2, False)
     s = inner(q1, q2, k1, k2, D2, IEEE) * qk_scale
-    if MASK:
+    if BIAS:
         s = s + bias[None, :]
-        if BITS:
-            s = tl.where(seen, s, float("-inf"))
+    if MASK:
+        s = tl.where(seen, s, float("-inf"))
     p = tl.math.exp2(s - lse2[:, None])
-    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2)
+    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2, False)
     ds = p * (inner(g1, g2, v1, v2, D2, IEEE) - delta[:, None])
     return accumulate(dq1, dq2, ds.to(k1.dtype), k1, k2, D2, IEEE)
 
@@ -107,8 +107,8 @@ def _grad_queries(
     if HAS_BIAS:
         bias_ptr += b * stride_bb + h * stride_bh
 
-    g1, g2 = load_tile(g_ptr, offs_m, in_q, stride_gm * 8, D, D1, D2)
-    o1, o2 = load_tile(out_ptr, offs_m, in_q, stride_om * 8, D, D1, D2)
+    g1, g2 = load_tile(g_ptr, offs_m, in_q, stride_gm * 8, D, D1, D2, True)
+    o1, o2 = load_tile(out_ptr, offs_m, in_q, stride_om * 8, D, D1, D2, True)
     delta = tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     if D2 > 0:
         delta += tl.sum(g2.to(tl.float32) * o2.to(tl.float32), 1)
@@ -116,7 +116,7 @@ def _grad_queries(
     tl.store(delta_ptr + pair * n_q + offs_m, delta, mask=in_q)
     lse2 = tl.load(lse_ptr + pair * n_q + offs_m, mask=in_q, other=0.0) * LOG2E
     lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)  # nothing is seen: every weight is masked
-    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm * 8, D, D1, D2)
+    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm * 8, D, D1, D2, True)
     dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
     dq2 = dq1
     if D2 > 0:
@@ -142,7 +142,7 @@ def _grad_queries(
         bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
         dq1, dq2 = _query_step(
             dq1, dq2, q1, q2, g1, g2, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn,
-            offs, inside, bias, inside, qk_scale, True, False, D, D1, D2, IEEE,
+            offs, inside, bias, inside[None, :], qk_scale, HAS_BIAS, True, D, D1, D2, IEEE,
         )  # fmt: skip
     if HAS_PARTIAL:
         some_ids_ptr += b * stride_sib + h * stride_sih + row.to(tl.int64) * stride_siq
@@ -161,7 +161,8 @@ def _grad_queries(
             bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
             dq1, dq2 = _query_step(
                 dq1, dq2, q1, q2, g1, g2, lse2, delta, k_ptr, v_ptr, stride_kn, stride_vn,
-                offs, inside, bias, seen, qk_scale, True, True, D, D1, D2, IEEE,
+                offs, inside, bias, seen & inside[None, :], qk_scale, HAS_BIAS, True, D, D1, D2,
+                IEEE,
             )  # fmt: skip
     if HAS_POOLED:
         pooled_k_ptr += b * (stride_pkb * 8) + h * (stride_pkh * 8)
@@ -189,8 +190,8 @@ def _key_step(
 ):  # fmt: skip
     """Adds ds^T q of one query tile to dk, without the scale, and p^T do to dv."""
     in_q = offs_m < n_q
-    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm, D, D1, D2)
-    g1, g2 = load_tile(g_ptr, offs_m, in_q, stride_gm, D, D1, D2)
+    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm, D, D1, D2, False)
+    g1, g2 = load_tile(g_ptr, offs_m, in_q, stride_gm, D, D1, D2, False)
     # A row beyond the queries has do = 0 and delta = 0; whatever is finite may be its weight.
     lse2 = tl.load(lse_ptr + offs_m, mask=in_q, other=0.0) * 1.4426950408889634
     delta = tl.load(delta_ptr + offs_m, mask=in_q, other=0.0)
@@ -241,8 +242,8 @@ def _grad_keys(
     delta_ptr += pair * n_q
     k_ptr += b * (stride_kb * 8) + h * (stride_kh * 8)
     v_ptr += b * (stride_vb * 8) + h * (stride_vh * 8)
-    k1, k2 = load_tile(k_ptr, offs_n, exists, stride_kn * 8, D, D1, D2)
-    v1, v2 = load_tile(v_ptr, offs_n, exists, stride_vn * 8, D, D1, D2)
+    k1, k2 = load_tile(k_ptr, offs_n, exists, stride_kn * 8, D, D1, D2, True)
+    v1, v2 = load_tile(v_ptr, offs_n, exists, stride_vn * 8, D, D1, D2, True)
     dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dk2 = dk1
@@ -323,7 +324,7 @@ def default_tiles(q: Tensor, block_q: int, block_k: int) -> tuple[Tiles, Tiles]:
     keys = Tiles(min(block_q, 64), min(block_k, 64), 4, 2)
     if q.shape[-1] <= 64 and block_q >= 128:
         return Tiles(128, 64, 8, 3), keys
-    return Tiles(min(block_q, 64), 64, 4, 2), keys
+    return Tiles(min(block_q, 64), 64, 4, 3), keys
 
 
 def backward(

@@ -23,23 +23,36 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def load_rows(ptr, offs, inside, stride, cols, D: tl.constexpr, GUARD_COLS: tl.constexpr):
-    """Rows ``offs`` of a [n, D] matrix where ``inside``; columns ``cols``; zeros elsewhere."""
+def load_columns(
+    ptr, offs, inside, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    GUARD: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST to FIRST + WIDTH of rows ``offs`` where ``inside``, zeros elsewhere.
+
+    Columns beyond D are zeros under GUARD, else they repeat others: what is multiplied with a
+    guarded tile or never stored may hold anything finite, and its loads need no second mask.
+    """
+    cols = FIRST + tl.arange(0, WIDTH)
     mask = inside[:, None]
-    if GUARD_COLS:
-        mask = mask & (cols < D)[None, :]
+    if FIRST + WIDTH > D:
+        if GUARD:
+            mask = mask & (cols < D)[None, :]
+        else:
+            cols = tl.where(cols < D, cols, cols - (FIRST + WIDTH - D))
+            cols = tl.max_contiguous(tl.multiple_of(cols, 8), 8)
     return tl.load(ptr + offs[:, None].to(tl.int64) * stride + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_tile(
-    ptr, offs, inside, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+    ptr, offs, inside, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    GUARD: tl.constexpr,
 ):  # fmt: skip
     """Both channel parts of some rows; the second repeats the first where there is none."""
-    x1 = load_rows(ptr, offs, inside, stride, tl.arange(0, D1), D, D1 > D)
+    x1 = load_columns(ptr, offs, inside, stride, 0, D1, D, GUARD)
     x2 = x1
     if D2 > 0:
-        x2 = load_rows(ptr, offs, inside, stride, D1 + tl.arange(0, D2), D, D1 + D2 > D)
+        x2 = load_columns(ptr, offs, inside, stride, D1, D2, D, GUARD)
     return x1, x2
 
 
@@ -115,11 +128,11 @@ def hide(bias, inside):
 
 @triton.jit
 def load_bias(ptr, offs, inside, HAS_BIAS: tl.constexpr):
-    """Natural biases of tokens in log2 units, 0 without any; -inf where not ``inside``."""
+    """Natural biases of tokens in log2 units, -inf where not ``inside``; 0 without any."""
     bias = tl.zeros(offs.shape, tl.float32)
     if HAS_BIAS:
-        bias = tl.load(ptr + offs, mask=inside, other=0.0) * 1.4426950408889634
-    return hide(bias, inside)
+        bias = hide(tl.load(ptr + offs, mask=inside, other=0.0) * 1.4426950408889634, inside)
+    return bias
 
 
 @triton.jit
