@@ -74,6 +74,19 @@ def _wan_inputs(tiny: bool, device: torch.device, dtype: torch.dtype) -> Inputs:
     }
 
 
+def _pixart_inputs(tiny: bool, device: torch.device, dtype: torch.dtype) -> Inputs:
+    size, text, width = (8, 12, 32) if tiny else (128, 300, 4096)
+    mask = torch.zeros(2, text, device=device, dtype=dtype)
+    mask[:, : text // 3] = 1
+    return {
+        "hidden_states": torch.randn(2, 4, size, size, device=device, dtype=dtype),
+        "timestep": torch.full((2,), 500, device=device),
+        "encoder_hidden_states": torch.randn(2, text, width, device=device, dtype=dtype),
+        "encoder_attention_mask": mask,
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
 SHAPES: dict[str, Shape] = {
     # facebook/DiT-XL-2-512, transformer/config.json
     "dit-xl": Shape(
@@ -108,6 +121,25 @@ SHAPES: dict[str, Shape] = {
         },
         inputs=_flux_inputs,
         tokens=4096 + 512,
+    ),
+    # PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, transformer/config.json
+    "pixart": Shape(
+        title="PixArt-Sigma-XL/2, 1024 x 1024, batch 2",
+        cls="PixArtTransformer2DModel",
+        config={
+            "num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "in_channels": 4,
+            "out_channels": 8, "cross_attention_dim": 1152, "attention_bias": True,
+            "sample_size": 128, "patch_size": 2, "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False, "norm_eps": 1e-6, "interpolation_scale": 2,
+            "caption_channels": 4096, "use_additional_conditions": False,
+        },
+        tiny={
+            "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8,
+            "cross_attention_dim": 32, "caption_channels": 32,
+        },
+        inputs=_pixart_inputs,
+        tokens=4096,
     ),
     # Wan-AI/Wan2.1-T2V-1.3B-Diffusers, transformer/config.json
     "wan": Shape(
