@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ditopt.program import _with_strides
+from ditopt.assembly import _with_strides
 
 
 def test_a_forecast_is_moved_to_the_strides_of_the_stack() -> None:
