@@ -16,10 +16,11 @@ from ditopt.gating import runtime_gate
 from ditopt.hoist import varying_inputs
 from ditopt.infer_layout import infer_grid, site_geometry
 from ditopt.linear_choices import linear_choices, statistics_of
+from ditopt.plan.schema import remainder_tensor
 from ditopt.program import Phase, ProgramBuilder
 from ditopt.report import Decision
 from ditopt.runtime import CudaGraphs, InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
-from ditopt.site_inputs import HeadChoice, SelectorChoice
+from ditopt.site_inputs import HeadChoice, Remainder, SelectorChoice
 from ditopt.stack import Stack, find_stack
 from ditopt.symbols import is_symbolic
 
@@ -225,7 +226,13 @@ class Linker:
         geometry = site_geometry(self.captured, site, grid)
         if isinstance(geometry, str):
             return geometry
-        place = (geometry, grid, plan.block.q, plan.block.k, plan.order)
+        remainder = None
+        if site.id in phase.remainders:
+            projection = plan.tensors.get(remainder_tensor(site.id))
+            if projection is None:
+                return f"the plan's side file lacks {remainder_tensor(site.id)!r}"
+            remainder = Remainder(phase.remainders[site.id].phi, projection)
+        place = (geometry, grid, plan.block.q, plan.block.k, plan.order, remainder)
         if site.id in phase.selectors:
             return SelectorChoice(phase.selectors[site.id], *place)
         return HeadChoice(tuple(phase.attention[site.id]), *place)

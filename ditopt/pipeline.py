@@ -24,8 +24,9 @@ from ditopt.files import write_text
 from ditopt.graph import fake_value, output_nodes, placeholders, readable, verify
 from ditopt.passes.fuse_heads import FuseHeads
 from ditopt.passes.fuse_projections import FuseProjections
-from ditopt.passes.reorder_tokens import ReorderTokens
+from ditopt.passes.linearize_attention import LinearizeAttention
 from ditopt.passes.quantize_linears import QuantizeLinears
+from ditopt.passes.reorder_tokens import ReorderTokens
 from ditopt.passes.select_blocks_online import SelectBlocksOnline
 from ditopt.passes.select_sparse_pattern import SelectSparsePattern
 from ditopt.symbols import hint, is_symbolic
@@ -44,6 +45,7 @@ PIPELINE: tuple[Pass, ...] = (
     SelectSparsePattern(),
     FuseHeads(),
     SelectBlocksOnline(),
+    LinearizeAttention(),
 )
 
 BACKENDS: dict[str, Backend] = {"eager": EagerBackend(), "inductor": InductorBackend()}

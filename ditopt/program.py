@@ -30,6 +30,8 @@ from ditopt.passes.base import (
     NodeDecision,
     OnlineChoice,
     PassContext,
+    RemainderChoice,
+    RemainderProjection,
     SparseChoice,
     TokenPermutation,
 )
@@ -72,7 +74,15 @@ class Phase:
     linear: Mapping[str, LinearRule | str] = field(default_factory=dict)
 
 
-Spec = FusedWeight | BlockLists | ForcedBlocks | SizeInput | TokenPermutation | LinearOperand
+Spec = (
+    FusedWeight
+    | BlockLists
+    | ForcedBlocks
+    | SizeInput
+    | TokenPermutation
+    | RemainderProjection
+    | LinearOperand
+)
 
 
 @dataclass(frozen=True)
@@ -350,6 +360,11 @@ class ProgramBuilder:
             for node, choice in choices.items()
             if choice.order is not None and index not in self._in_order
         }
+        remainders = {
+            node: RemainderChoice(choice.remainder.phi, tuple(choice.remainder.projection.shape))
+            for node, choice in choices.items()
+            if choice.remainder is not None
+        }
         linear = self._linear_rules(index, piece, phase)
         # A selector's rule is written into the program; lists and patterns are passed in.
         rules = frozenset((node, choice.selector) for node, choice in online.items())
@@ -361,12 +376,22 @@ class ProgramBuilder:
             lowered,
             frozenset(reordered),
             frozenset(declined),
+            frozenset(remainders.items()),
             frozenset(linear.items()),
             own,
         )
         if key not in self._rewritten:
             self._rewritten[key] = self._rewrite(
-                piece, index, sparse, online, executors, reordered, declined, linear, own
+                piece,
+                index,
+                sparse,
+                online,
+                executors,
+                reordered,
+                declined,
+                remainders,
+                linear,
+                own,
             )
         done = self._rewritten[key]
         self._tell(piece, index, done.decisions)
@@ -393,6 +418,7 @@ class ProgramBuilder:
         executors: Mapping[str, Choice],
         reordered: Mapping[str, str],
         declined: Mapping[str, str],
+        remainders: Mapping[str, RemainderChoice],
         linear: Mapping[str, LinearRule | str],
         own: frozenset[int],
     ) -> Rewritten:
@@ -409,6 +435,7 @@ class ProgramBuilder:
             },
             reordered=reordered,
             declined=declined,
+            remainders=remainders,
             linear=linear,
             own=own,
         )
@@ -487,6 +514,11 @@ class ProgramBuilder:
             layer = self._linears[index, spec.node].id
             return self.derived.operand(spec, piece.inputs, self._statistics.get(layer, {}))
         site = self._sites[index, spec.node]
+        if isinstance(spec, RemainderProjection):
+            remainder = choices[spec.node].remainder
+            assert remainder is not None
+            weight = remainder.projection.to(self._device, spec.dtype)
+            return lambda env: weight
         if isinstance(spec, TokenPermutation):
             choice = choices[spec.node]
             return site_permutation(self.captured, site, choice, self._device, back=spec.inverse)

@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from ditopt.token_order import TokenOrder
 
 
+@dataclass(frozen=True, eq=False)
+class Remainder:
+    """Linear attention on the blocks that are left out.
+
+    Attributes:
+        phi: feature map.
+        projection: [H, D, D], from the plan's side file.
+    """
+
+    phi: str
+    projection: torch.Tensor
+
+
 @dataclass(frozen=True)
 class HeadChoice:
     """A pattern per head, on the site's part of the token grid."""
@@ -34,6 +47,7 @@ class HeadChoice:
     block_q: int
     block_k: int
     order: TokenOrder | None = None
+    remainder: Remainder | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ class SelectorChoice:
     block_q: int
     block_k: int
     order: TokenOrder | None = None
+    remainder: Remainder | None = None
 
 
 def block_input(

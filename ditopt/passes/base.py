@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import fx
 
     from ditopt.config import Options
@@ -54,6 +55,14 @@ class TokenPermutation:
 
     node: str
     inverse: bool
+
+
+@dataclass(frozen=True)
+class RemainderProjection:
+    """The plan's projection of the linear part at the attention `node`, in `dtype`."""
+
+    node: str
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,14 @@ class OnlineChoice:
 
 
 @dataclass(frozen=True)
+class RemainderChoice:
+    """Linear attention on what a sparse attention leaves out: features, shape of the projection."""
+
+    phi: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What a pass may know besides the graph.
 
@@ -126,6 +143,7 @@ class PassContext:
         reordered: attention nodes that put their tokens into the plan's order, and why they do so
             one by one.
         declined: attention nodes for which it asks in vain, with the reason.
+        remainders: attention nodes that add linear attention on what they leave out.
         linear: linear nodes with their rule, or the reason why it cannot be followed.
         own: positions of the inputs that are the model's own tensors; only these last from call to
             call, so only of these may the runtime keep something derived.
@@ -136,6 +154,7 @@ class PassContext:
     online: Mapping[str, OnlineChoice] = field(default_factory=dict)
     reordered: Mapping[str, str] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
+    remainders: Mapping[str, RemainderChoice] = field(default_factory=dict)
     linear: Mapping[str, LinearRule | str] = field(default_factory=dict)
     own: frozenset[int] = frozenset()
 

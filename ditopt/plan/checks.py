@@ -131,6 +131,13 @@ def check_linear_rules(phases: Sequence[Phase], linears: Sequence[LinearRecord])
                 field = f"phases[{number}].linear[{site_id!r}]"
                 raise PlanError(f"{field}: no such site", remedy=did_you_mean(site_id, known))
 
+        for site_id in phase.remainders:
+            if site_id not in phase.attention and site_id not in phase.selectors:
+                raise PlanError(
+                    f"phases[{number}].remainders[{site_id!r}]: the site leaves nothing out; it "
+                    "stands in neither `attention` nor `selectors`"
+                )
+
 
 def _check_selector(
     field: str, site_id: str, phase: Phase, by_id: Mapping[str, SiteRecord]

@@ -151,19 +151,40 @@ class Block(_Part):
     k: Count = 128
 
 
+class LinearRemainder(_Part):
+    """Linear attention on the blocks that a site's lists leave out (SLA, arXiv 2509.24006).
+
+    Its projection, [heads, channels, channels], is `remainder_tensor(site)` of the side file.
+
+    Attributes:
+        kind: linear.
+        phi: feature map of queries and keys.
+    """
+
+    kind: Literal["linear"] = "linear"
+    phi: Literal["softmax", "elu", "relu"] = "softmax"
+
+
+def remainder_tensor(site: str) -> str:
+    """Name of a site's projection in the side file."""
+    return f"remainder/{site}"
+
+
 class Phase(_Part):
     """The choices for a range of calls.
 
     Attributes:
         calls: half-open range of the model's own call index, per guidance branch.
         attention: for each site that is not dense, one pattern per head.
-        selectors: for each site that chooses its blocks from the data, how; in no other mapping.
+        selectors: for each site that chooses its blocks from the data, how; no site of `attention`.
+        remainders: for sites of the two, what stands for the blocks that are left out.
         linear: for each linear layer that is not left alone, its number format.
     """
 
     calls: tuple[Index, Index]
     attention: Annotated[dict[Text, tuple[HeadPattern, ...]], AfterValidator(_by_site)] = {}
     selectors: Annotated[dict[Text, Selector], AfterValidator(_by_site)] = {}
+    remainders: Annotated[dict[Text, LinearRemainder], AfterValidator(_by_site)] = {}
     linear: Annotated[dict[Text, LinearRule], AfterValidator(_by_site)] = {}
 
 

@@ -81,10 +81,12 @@ def test_the_shipped_order_holds() -> None:
     check_order(PIPELINE)
     assert [step.name for step in PIPELINE] == [
         "fuse_projections",
+        "quantize_linears",
         "reorder_tokens",
         "select_sparse_pattern",
         "fuse_heads",
         "select_blocks_online",
+        "linearize_attention",
     ]
     assert set(BACKENDS) == {"eager", "inductor"}
     assert all(name == backend.name for name, backend in BACKENDS.items())

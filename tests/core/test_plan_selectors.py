@@ -16,6 +16,7 @@ from ditopt import fingerprint
 from ditopt.errors import PlanError
 from ditopt.patterns import Band, PooledTopK, PooledTopP, Window
 from ditopt.plan import Plan
+from ditopt.plan.schema import remainder_tensor
 from ditopt.torch_backend import compiled_graphs
 
 GRID = {"frames": 1, "height": 8, "width": 16, "text_before": 0, "text_after": 0}
@@ -147,3 +148,38 @@ def test_a_compiled_model_chooses_its_blocks(tmp_path: Path, backend: str) -> No
         decisions = [d for d in record.decisions if d.rule == "select_blocks_online"]
         assert [d.site for d in decisions] == SITES
         assert all(d.applied for d in decisions)
+
+
+def test_a_remainder_needs_blocks_that_are_left_out() -> None:
+    phase = {"calls": [0, 2], "remainders": {SITES[0]: {"kind": "linear"}}}
+    with pytest.raises(PlanError, match="the site leaves nothing out"):
+        plan(phases=[phase])
+
+
+def test_a_linear_remainder_reads_its_projection_from_the_side_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model().eval()
+    latent = torch.randn(1, 3, 16, 32)
+    wanted = document(model)
+    results = []
+    projections = torch.randn(2, 16, 16)
+    for remainders, tensors in (
+        ({}, {}),
+        (SITES, {remainder_tensor(site): torch.zeros(2, 16, 16) for site in SITES}),
+        (SITES, {remainder_tensor(site): projections.clone() for site in SITES}),
+        (SITES[:1], {"something": torch.zeros(1)}),
+    ):
+        wanted["phases"][0]["remainders"] = {site: {"kind": "linear"} for site in remainders}
+        path = tmp_path / "plan.yaml"
+        Plan.from_text(json.dumps(wanted)).with_tensors(tensors).save(path)
+        torch._dynamo.reset()
+        fresh = copy.deepcopy(model)
+        run = torch.compile(fresh, backend="ditopt_eager", options={"plan": str(path)})
+        with torch.no_grad():
+            results.append(run(latent))
+        (record,) = compiled_graphs(fresh)
+    sparse, zeros, projected, _ = results
+    assert torch.equal(sparse, zeros)
+    assert not torch.allclose(sparse, projected, atol=1e-3)
+    reasons = [d.reason for d in record.decisions if d.site == SITES[0] and not d.applied]
+    assert "the plan's side file lacks 'remainder/blocks.0#0'" in reasons

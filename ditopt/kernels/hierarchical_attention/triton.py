@@ -21,51 +21,64 @@ from torch import Tensor
 
 BLOCK = 16
 _TILE = 128  # queries and pooled keys of one step of `_coarse`
+_SELECT_WARPS, _FINE_WARPS, _COARSE_WARPS, _COARSE_STAGES = 2, 2, 4, 2
 
 
 @triton.jit
 def _pool(
-    x_ptr, out_ptr, stride_b, stride_h, stride_n, heads, n, count, parents, size,
-    FAN: tl.constexpr, D: tl.constexpr,
+    x_ptr, out_ptr, stride_b, stride_h, stride_n, stride_out, heads, n, count, parents, size,
+    FAN: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """16 means from 256 rows of the level below, each weighted by its tokens."""
-    group = tl.program_id(0)
+    """Means of FAN rows of the level below, each weighted by its tokens."""
     pid_bh = tl.program_id(1)
     x_ptr += (pid_bh // heads).to(tl.int64) * stride_b + (pid_bh % heads).to(tl.int64) * stride_h
-    offs = group * FAN * FAN + tl.arange(0, FAN * FAN)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, D)
-    tokens = tl.minimum(tl.maximum(n - offs * size, 0), size).to(tl.float32)
-    rows = x_ptr + offs[:, None].to(tl.int64) * stride_n + cols[None, :]
-    x = tl.load(rows, mask=(offs < count)[:, None], other=0.0).to(tl.float32) * tokens[:, None]
-    total = tl.sum(tl.reshape(x, (FAN, FAN, D)), 1)
-    weight = tl.sum(tl.reshape(tokens, (FAN, FAN)), 1)
+    total = tl.zeros([ROWS, D], tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    # Unrolled: all loads are in flight before the first is used, and no thread waits for another.
+    for child in tl.static_range(FAN):
+        offs = rows * FAN + child
+        at = x_ptr + offs[:, None].to(tl.int64) * stride_n + cols[None, :]
+        tokens = tl.minimum(tl.maximum(n - offs * size, 0), size).to(tl.float32)
+        x = tl.load(at, mask=(offs < count)[:, None], other=0.0).to(tl.float32)
+        total += x * tokens[:, None]
+        weight += tokens
     mean = total / tl.maximum(weight, 1.0)[:, None]
-    to = group * FAN + tl.arange(0, FAN)
-    at = (pid_bh.to(tl.int64) * parents + to[:, None]) * D + cols[None, :]
-    tl.store(out_ptr + at, mean, mask=(to < parents)[:, None])
+    out = out_ptr + pid_bh.to(tl.int64) * stride_out + rows[:, None] * D + cols[None, :]
+    tl.store(out, mean, mask=(rows < parents)[:, None])
 
 
 def pool_levels(x: Tensor, depth: int) -> list[Tensor]:
-    """Means float32 [B, H, ceil(N / 16 ** l), D] for l = 1 to ``depth``; x is read once."""
+    """Means float32 [B, H, ceil(N / 16 ** l), D] for l = 1 to ``depth``; x is read once.
+
+    They lie one after another in memory: see `_joined`.
+    """
     batch, heads, n, d = x.shape
-    means: list[Tensor] = []
+    counts = [triton.cdiv(n, BLOCK**level) for level in range(1, depth + 1)]
+    whole = x.new_empty(batch, heads, sum(counts), d, dtype=torch.float32)
+    means = list(whole.split(counts, 2))
     below, size = x if x.stride(3) == 1 else x.contiguous(), 1
-    for _ in range(depth):
-        count = below.shape[2]
-        parents = triton.cdiv(count, BLOCK)
-        out = x.new_empty(batch, heads, parents, d, dtype=torch.float32)
+    for out in means:
+        parents = out.shape[2]
         _pool[(triton.cdiv(parents, BLOCK), batch * heads)](
-            below, out, *below.stride()[:3], heads, n, count, parents, size,
-            FAN=BLOCK, D=d, num_warps=4,
+            below, out, *below.stride()[:3], whole.stride(1), heads, n, below.shape[2], parents,
+            size, FAN=BLOCK, ROWS=BLOCK, D=d, num_warps=4,
         )  # fmt: skip
-        means.append(out)
         below, size = out, size * BLOCK
     return means
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The tensor [B, H, sum of rows, ...] whose consecutive parts these are."""
+    first = parts[0]
+    rows = sum(part.shape[2] for part in parts)
+    return first.as_strided((*first.shape[:2], rows, first.shape[3]), first.stride())
+
+
 @triton.jit
 def _select(
-    q_ptr, k_ptr, parents_ptr, ids_ptr, count, parent_count, scale,
+    q_ptr, k_ptr, parents_ptr, ids_ptr, stride_x, stride_ids, count, scale,
     ALL: tl.constexpr, FAN: tl.constexpr, TOP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The best TOP of the candidates of 16 pooled queries, as ascending ids."""
@@ -76,52 +89,45 @@ def _select(
     if ALL:
         keys = cols
     else:
-        above = parents_ptr + (pid_bh * parent_count + parent) * TOP
+        above = parents_ptr + pid_bh * stride_ids + parent * TOP
         keys = tl.load(above + cols // FAN) * FAN + cols % FAN
     chans = tl.arange(0, D)
-    base = pid_bh * count
-    q = tl.load(
-        q_ptr + (base + rows[:, None]) * D + chans[None, :],
-        mask=(rows < count)[:, None], other=0.0,
-    )  # fmt: skip
-    k = tl.load(
-        k_ptr + (base + keys[:, None]) * D + chans[None, :],
-        mask=(keys < count)[:, None], other=0.0,
-    )  # fmt: skip
+    q_rows = q_ptr + pid_bh * stride_x + rows[:, None] * D + chans[None, :]
+    k_rows = k_ptr + pid_bh * stride_x + keys[:, None] * D + chans[None, :]
+    q = tl.load(q_rows, mask=(rows < count)[:, None], other=0.0)
+    k = tl.load(k_rows, mask=(keys < count)[:, None], other=0.0)
     scores = tl.dot(q * scale, tl.trans(k), input_precision="ieee")
-    left = tl.where((keys < count)[None, :], scores, float("-inf"))
+    # One number to take the maximum of: the score's bits in the order of integers, then the place
+    # from the end, so that the first of equal scores wins. Keys that do not exist come last.
+    bits = scores.to(tl.int32, bitcast=True)
+    ranked = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ranked = tl.where((keys < count)[None, :], ranked, -2147483648)
+    ranked = ranked.to(tl.int64) * WIDTH + (WIDTH - 1 - cols)[None, :]
     chosen = tl.zeros([FAN, WIDTH], tl.int32)
-    place = tl.broadcast_to(cols[None, :], (FAN, WIDTH))
-    for _ in range(TOP):
-        # The first of the largest; scores that are -inf are not taken as long as others are left.
-        best = tl.max(left, 1)
-        first = tl.min(tl.where((left == best[:, None]) & (chosen == 0), place, WIDTH), 1)
-        hit = place == first[:, None]
-        chosen = tl.where(hit, 1, chosen)
-        left = tl.where(hit, float("-inf"), left)
+    for _ in tl.static_range(TOP):
+        left = tl.where(chosen == 0, ranked, -9223372036854775808)
+        chosen += (left == tl.max(left, 1)[:, None]).to(tl.int32)
+    place = tl.cumsum(chosen, 1) - 1
+    at = ids_ptr + pid_bh * stride_ids + rows[:, None] * TOP + place
     keys = tl.broadcast_to(keys[None, :], (FAN, WIDTH))
-    for slot in range(TOP):
-        first = tl.min(tl.where(chosen == 1, place, WIDTH), 1)
-        hit = place == first[:, None]
-        chosen = tl.where(hit, 0, chosen)
-        key = tl.max(tl.where(hit, keys, 0), 1)
-        tl.store(ids_ptr + (base + rows) * TOP + slot, key, mask=rows < count)
+    tl.store(at, keys, mask=(chosen == 1) & (rows < count)[:, None])
 
 
 def select(q: list[Tensor], k: list[Tensor], top_k: int, scale: float) -> list[Tensor]:
     """Ids int32 [B, H, n, top_k] that each level keeps, level 1 first, from its pooled means."""
-    found: list[Tensor] = []
+    batch, heads, _, d = q[0].shape
+    counts = [means.shape[2] for means in q]
+    whole = q[0].new_empty(batch, heads, sum(counts), top_k, dtype=torch.int32)
+    found = list(whole.split(counts, 2))
     for level in reversed(range(len(q))):
-        batch, heads, count, d = q[level].shape
-        ids = q[level].new_empty(batch, heads, count, top_k, dtype=torch.int32)
-        above = found[-1] if found else ids
-        width = top_k * BLOCK if found else triton.next_power_of_2(max(count, BLOCK))
+        count, coarsest = counts[level], level == len(q) - 1
+        width = triton.next_power_of_2(max(count, BLOCK)) if coarsest else top_k * BLOCK
         _select[(triton.cdiv(count, BLOCK), batch * heads)](
-            q[level], k[level], above, ids, count, above.shape[2], scale,
-            ALL=not found, FAN=BLOCK, TOP=top_k, WIDTH=width, D=d, num_warps=4,
+            q[level], k[level], found[level if coarsest else level + 1], found[level],
+            q[level].stride(1), whole.stride(1), count, scale,
+            ALL=coarsest, FAN=BLOCK, TOP=top_k, WIDTH=width, D=d, num_warps=_SELECT_WARPS,
         )  # fmt: skip
-        found.append(ids)
-    return found[::-1]
+    return found
 
 
 @triton.jit
@@ -129,7 +135,7 @@ def _fine(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ids_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    heads, n, blocks, qk_scale,
+    stride_ids, heads, n, qk_scale,
     FAN: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """16 queries over the TOP blocks of 16 keys that they kept, in one tile."""
@@ -140,7 +146,7 @@ def _fine(
     cols = tl.arange(0, TOP * FAN)
     chans = tl.arange(0, D)
     in_q = (rows < n)[:, None]
-    ids = tl.load(ids_ptr + (pid_bh.to(tl.int64) * blocks + block) * TOP + cols // FAN)
+    ids = tl.load(ids_ptr + pid_bh.to(tl.int64) * stride_ids + block * TOP + cols // FAN)
     keys = ids * FAN + cols % FAN
     in_k = (keys >= 0) & (keys < n)
     q_rows = q_ptr + b * stride_qb + h * stride_qh + rows[:, None].to(tl.int64) * stride_qm
@@ -168,8 +174,8 @@ def _coarse_step(
     """One tile of pooled keys, each with the weight of its tokens; scores live in log2 units."""
     chans = tl.arange(0, D)
     at = keys[:, None].to(tl.int64) * D + chans[None, :]
-    k = tl.load(k_ptr + at, mask=inside[:, None], other=0.0).to(q.dtype)
-    v = tl.load(v_ptr + at, mask=inside[:, None], other=0.0).to(q.dtype)
+    k = tl.load(k_ptr + at, mask=inside[:, None], other=0.0)
+    v = tl.load(v_ptr + at, mask=inside[:, None], other=0.0)
     tokens = tl.minimum(n - keys * size, size).to(tl.float32)
     bias = tl.where(inside, tl.math.log2(tl.maximum(tokens, 1.0)), float("-inf"))
     s = tl.dot(q, tl.trans(k), input_precision="ieee" if IEEE else "tf32") * qk_scale
@@ -252,15 +258,16 @@ def attention(
     _fine[(blocks, batch * heads)](
         q, k, v, out, lse, kept[0],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        heads, n, blocks, qk_scale,
-        FAN=BLOCK, TOP=top_k, D=d, IEEE=ieee, num_warps=4,
+        kept[0].stride(1), heads, n, qk_scale,
+        FAN=BLOCK, TOP=top_k, D=d, IEEE=ieee, num_warps=_FINE_WARPS,
     )  # fmt: skip
     if coarse:
-        keys, values, ids = (torch.cat(x, 2) for x in (pooled_k, pool_levels(v, depth), kept))
+        keys, values = (_joined(x).to(q.dtype) for x in (pooled_k, pool_levels(v, depth)))
+        ids = _joined(kept)
         _coarse[(triton.cdiv(n, _TILE), batch * heads)](
             q, out, lse, keys, values, ids, *q.stride()[:3], *out.stride()[:3],
             heads, n, keys.shape[2], qk_scale,
             FAN=BLOCK, TOP=top_k, DEPTH=depth, TILE_Q=_TILE, TILE_K=min(_TILE, top_k * BLOCK),
-            D=d, IEEE=ieee, num_warps=8 if d > 64 else 4, num_stages=2,
+            D=d, IEEE=ieee, num_warps=_COARSE_WARPS, num_stages=_COARSE_STAGES,
         )  # fmt: skip
     return out
