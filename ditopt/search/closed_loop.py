@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Literal
 from ditopt.errors import GoalUnattainable
 from ditopt.plan import Goal, Plan, Verification
 from ditopt.search.aims import Aim, Outcome, QualityAim, SpeedAim, Trial
+from ditopt.search.tuning import SampleSchedule, ScheduleTuner
 
 if TYPE_CHECKING:
     from ditopt.progress import Progress
     from ditopt.search.calibration import ErrorModel
-    from ditopt.search.prediction import Predictor
+    from ditopt.search.prediction import Candidate, Predictor
     from ditopt.search.verify import Verify
 
 TUNE_SEED, AUDIT_SEED, AUDIT_STRIDE = 1000, 2000, 100
@@ -38,6 +39,7 @@ class LoopSpec:
         margin_db: how far above a PSNR goal the tune mean must lie.
         slack_db: overshoot at which a faster plan is no longer looked for.
         speed_margin: how far above a speed goal to aim, as a fraction.
+        schedule_samples: samples, one seed each, that choose among cache schedules.
     """
 
     tune_seeds: int = 2
@@ -47,6 +49,7 @@ class LoopSpec:
     margin_db: float = 0.3
     slack_db: float = 1.5
     speed_margin: float = 0.03
+    schedule_samples: int = 8
 
 
 class ClosedLoop:
@@ -60,6 +63,7 @@ class ClosedLoop:
         verify: Verify,
         progress: Progress,
         spec: LoopSpec,
+        sample_schedule: SampleSchedule | None = None,
     ) -> None:
         self._predictor, self._goal, self._spec = predictor, goal, spec
         self._verify, self._progress = verify, progress
@@ -71,6 +75,10 @@ class ClosedLoop:
         else:
             assert goal.target_speedup is not None
             self._aim = SpeedAim(predictor, model, goal.target_speedup, spec.speed_margin)
+        self.tuner: ScheduleTuner | None = None
+        if sample_schedule is not None:
+            seeds = range(TUNE_SEED, TUNE_SEED + spec.tune_seeds)
+            self.tuner = ScheduleTuner(predictor, sample_schedule, seeds, spec.schedule_samples)
         self._trials: list[Trial] = []
         self._records: list[tuple[Plan, Verification]] = []
 
@@ -95,7 +103,7 @@ class ClosedLoop:
         """The best trial that passes on the tune seeds."""
         seeds = range(TUNE_SEED, TUNE_SEED + self._spec.tune_seeds)
         for _ in range(self._spec.max_tunes):
-            candidate = self._aim.propose()
+            candidate = self._propose()
             if candidate is None or any(t.candidate == candidate for t in self._trials):
                 break
             best = self._best_passing()
@@ -111,6 +119,13 @@ class ClosedLoop:
         if best is None:
             raise self._unattainable(f"{len(self._trials)} plans were sampled")
         return best
+
+    def _propose(self) -> Candidate | None:
+        """The aim's proposal, once sampling has chosen among schedules with as many full calls."""
+        candidate = self._aim.propose()
+        if candidate is not None and self.tuner is not None and self.tuner.tune(candidate.schedule):
+            return self._aim.propose()
+        return candidate
 
     def _best_passing(self) -> Trial | None:
         passing = [trial for trial in self._trials if self._aim.tuned(trial.outcome)]

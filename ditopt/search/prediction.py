@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from ditopt.caching import CacheSchedule, search_schedules
+from ditopt.caching import CacheSchedule, draw_calls, fitted, forced_calls, neighbours
 from ditopt.patterns import HeadPattern, density
-from ditopt.plan import Cache, Goal, Phase, Plan, Predicted
+from ditopt.plan import Goal, Phase, Plan, Predicted
 from ditopt.search.assignment import Assignment, evaluate, frontier, solve
+from ditopt.search.exchange import cache_section
 from ditopt.search.problem import site_options
 
 if TYPE_CHECKING:
@@ -61,12 +62,30 @@ class Predictor:
         residual = gram.diagonal()
         # A forecast that errs by the whole hidden state spoils the whole step.
         self._cache_scale = float((steps / hidden.clamp(min=1e-30)) @ residual)
-        # Schedules are ranked by relative error: early calls move the sample little, but what goes
-        # wrong there is carried through all later ones.
-        weights = 1 / residual.clamp(min=1e-12 * float(residual.max()) + 1e-30)
-        schedules = search_schedules(gram, weights=weights.tolist())
-        # Without residuals (no block stack was found) there is nothing to forecast from.
-        self._schedules = schedules if self._cache_scale > 0 else schedules[-1:]
+        self._gram, self._choices = gram, draw_calls(gram, steps=steps.tolist())
+        fewest = len(forced_calls(self._calls))
+        self._schedules = [
+            fitted(gram, self._choices[k][0]) for k in range(fewest, self._calls + 1)
+        ]
+        if self._cache_scale <= 0:
+            # Without residuals (no block stack was found) there is nothing to forecast from.
+            self._schedules = self._schedules[-1:]
+
+    def schedules(self, full_calls: int) -> Iterator[CacheSchedule]:
+        """Schedules with so many full calls: what other rules choose, then neighbours of theirs."""
+        drawn = [fitted(self._gram, full) for full in self._choices[full_calls]]
+        yield from drawn
+        known = {schedule.full for schedule in drawn}
+        for schedule in drawn:
+            for full in neighbours(self._gram, schedule):
+                if full not in known:
+                    known.add(full)
+                    yield fitted(self._gram, full)
+
+    def adopt(self, schedule: CacheSchedule) -> None:
+        """From now on this is the schedule with so many full calls."""
+        count = len(schedule.full)
+        self._schedules = [schedule if len(s.full) == count else s for s in self._schedules]
 
     @property
     def dense_seconds(self) -> float:
@@ -119,7 +138,6 @@ class Predictor:
         }
         ranges = [(0, self.dense_calls), (self.dense_calls, self._calls)]
         phases = [Phase(calls=ranges[0]), Phase(calls=ranges[1], attention=rules)]
-        skips = len(schedule.full) < self._calls
         psnr_db = model.psnr_db(candidate.attention_error, candidate.cache_error)
         return Plan(
             model=profile.model,
@@ -129,7 +147,7 @@ class Predictor:
             layout=profile.layout,
             block=profile.block,
             phases=tuple(phases) if rules else (Phase(calls=(0, self._calls)),),
-            cache=_cache(schedule) if skips else None,
+            cache=cache_section(schedule),
             predicted=Predicted(
                 seconds=candidate.seconds,
                 speedup=self.dense_seconds / candidate.seconds,
@@ -174,13 +192,6 @@ class Predictor:
             else:
                 kept += [density(pattern, profile.layout, *sizes) for pattern in patterns]
         return sum(kept) / len(kept) if kept else 1.0
-
-
-def _cache(schedule: CacheSchedule) -> Cache:
-    # Rounding moves the sum by less than the tolerance of the schema, but not to exactly 1.
-    rows = {call: tuple(row) for call, row in schedule.rows.items()}
-    history = max(len(row) for row in rows.values())
-    return Cache(full=schedule.full, history=history, coefficients=rows)
 
 
 def _faster(best: Candidate | None, other: Candidate) -> Candidate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ditopt.errors import ProfileError
 from ditopt.plan import Goal, Plan
@@ -14,6 +15,9 @@ from ditopt.search.closed_loop import ClosedLoop, LoopSpec
 from ditopt.search.prediction import Predictor
 from ditopt.search.verify import SamplingVerifier, Verify
 from ditopt.workload import Workload, load_workload
+
+if TYPE_CHECKING:
+    from ditopt.search.tuning import SampleSchedule
 
 _ATTENTION_GAIN_DB = 10.0
 """Where predictions start from: guidance and later calls amplify errors of early ones. Measured on
@@ -50,13 +54,18 @@ def plan_from_profile(
     """
     folder = Path(profile_dir)
     profile, records = load_complete(folder)
+    sample_schedule: SampleSchedule | None = None
     if verify is None:
         verify = SamplingVerifier(workload or _load(profile), profile, folder)
+        sample_schedule = verify.schedule_psnr_db
     predictor = Predictor(profile, records)
     data_range = profile.data_range or _DEFAULT_RANGE
     model = ErrorModel(data_range, attention_gain_db=_ATTENTION_GAIN_DB)
-    plan = ClosedLoop(predictor, model, goal, verify, progress, spec or LoopSpec()).run()
-    plan = plan.model_copy(update={"assumptions": _assumptions(profile, predictor, goal)})
+    loop = ClosedLoop(predictor, model, goal, verify, progress, spec or LoopSpec(), sample_schedule)
+    plan = loop.run()
+    notes = loop.tuner.notes if loop.tuner is not None else ()
+    assumptions = (*_assumptions(profile, predictor, goal), *notes)
+    plan = plan.model_copy(update={"assumptions": assumptions})
     if out is not None:
         plan.save(out)
     return plan

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 
 from ditopt import files, fingerprint
 from ditopt.errors import ProfileError
 from ditopt.metrics import psnr
 from ditopt.plan import Plan
-from ditopt.profiling.cost import timed_loops
+from ditopt.profiling.cost import every_second_call, timed_loops
 from ditopt.profiling.loops import only_model
+from ditopt.search.exchange import ExchangeableModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ditopt.caching import CacheSchedule
     from ditopt.profiling.schema import Profile
     from ditopt.workload import Workload
 
@@ -63,6 +66,7 @@ class SamplingVerifier:
                     remedy="Profile this workload into a new folder.",
                 )
         self._workload, self._profile, self._folder = workload, profile, folder
+        self._exchangeable: ExchangeableModel | None = None
 
     def __call__(self, plan: Plan, seeds: Sequence[int]) -> list[Measured]:
         """Sample each seed with the plan applied."""
@@ -77,6 +81,17 @@ class SamplingVerifier:
             )
             for loop, dense in zip(loops, references, strict=True)
         ]
+
+    def schedule_psnr_db(self, schedule: CacheSchedule, seed: int) -> float:
+        """One sample with this cache schedule and dense attention; all share one compilation."""
+        if self._exchangeable is None:
+            model = only_model(self._workload)
+            self._exchangeable = ExchangeableModel(model, every_second_call(self._profile))
+        self._exchangeable.use(schedule)
+        denoisers = dict.fromkeys(self._workload.models, self._exchangeable.model)
+        with torch.no_grad():
+            result = self._workload.run(seed, denoisers)
+        return min(EXACT_DB, psnr(result.cpu(), self._dense(seed), self._profile.data_range))
 
     def _dense(self, seed: int) -> Tensor:
         """The result of the model as it is, in eager PyTorch."""
