@@ -38,7 +38,6 @@ from .triton_tiles import (
     eighths,
     entry_tokens,
     existing,
-    hide,
     inner,
     list_arguments,
     load_bias,
@@ -54,9 +53,6 @@ if TYPE_CHECKING:
     from .lists import Partial, Pooled
 
 
-POOLED_LOOP_STAGES = 2  # deeper rings of so short a loop cost D = 128 registers
-
-
 @triton.jit
 def _step(
     acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside, bias, seen,
@@ -68,7 +64,7 @@ def _step(
 
     ``bias`` [N] counts under BIAS, and may hide keys; ``seen``, [1, N] or [M, N], under MASK.
     """
-    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2, False)
+    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
     s = inner(q1, q2, k1, k2, D2, IEEE)
     if BIAS:
         s = s * qk_scale + bias[None, :]
@@ -82,7 +78,7 @@ def _step(
     p = tl.math.exp2(s * qk_scale - shift[:, None])
     alpha = tl.math.exp2(m - shift)
     norm = norm * alpha + tl.sum(p, 1)
-    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2, False)
+    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2)
     acc1 = acc1 * alpha[:, None]
     if D2 > 0:
         acc2 = acc2 * alpha[:, None]
@@ -106,7 +102,7 @@ def _forward(
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_LSE: tl.constexpr,
     HAS_ORDER: tl.constexpr, EVEN: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, POOLED_STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, MASKED_STAGES: tl.constexpr,
     IEEE: tl.constexpr,
 ):  # fmt: skip
     pid_m = tl.program_id(0)
@@ -135,7 +131,7 @@ def _forward(
     if HAS_BIAS:
         bias_ptr += b * stride_bb + h * stride_bh
 
-    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm * 8, D, D1, D2, True)
+    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm * 8, D, D1, D2)
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     acc2 = acc1
     if D2 > 0:
@@ -143,6 +139,7 @@ def _forward(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     # Ids ascend, so only the last entry can be ragged: it is peeled, and the loop has no mask code.
+    # Loops with masks have shallower rings: the same depth is more memory there (triton 3.6.0).
     total = tl.cdiv(count * BLOCK_K, BLOCK_N)
     plain = tl.maximum(total - (BLOCK_K + BLOCK_N - 1) // BLOCK_N, 0)
     if EVEN:
@@ -156,7 +153,7 @@ def _forward(
             acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
             inside, inside, qk_scale, False, False, D, D1, D2, IEEE,
         )  # fmt: skip
-    for j in range(plain, total):
+    for j in tl.range(plain, total, num_stages=MASKED_STAGES):
         block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
         offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, HAS_LENGTHS)
         bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
@@ -170,7 +167,7 @@ def _forward(
         some = tl.load(some_counts_ptr + b * stride_scb + h * stride_sch + row)
         some = tl.minimum(tl.maximum(some, 0), some_width)
         in_block = (pid_m % (BLOCK_Q // BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
-        for j in range(tl.cdiv(some * BLOCK_K, BLOCK_N)):
+        for j in tl.range(tl.cdiv(some * BLOCK_K, BLOCK_N), num_stages=MASKED_STAGES):
             block, place = entry_tokens(some_ids_ptr, j, some, BLOCK_K, BLOCK_N)
             offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, HAS_LENGTHS)
             mask_id, _ = entry_tokens(mask_ids_ptr, j, some, BLOCK_K, BLOCK_N)
@@ -188,11 +185,11 @@ def _forward(
         pooled_v_ptr += b * (stride_pvb * 8) + h * (stride_pvh * 8)
         pooled_bias_ptr += b * stride_pbb + h * stride_pbh
         bits_ptr += b * stride_wb + h * stride_wh + row.to(tl.int64) * stride_wq
-        for j in tl.range(tl.cdiv(n_pooled, BLOCK_N), num_stages=POOLED_STAGES):
+        for j in tl.range(tl.cdiv(n_pooled, BLOCK_N), num_stages=2):
             offs = j * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = offs < n_pooled
             bias = load_bias(pooled_bias_ptr, offs, inside, True)
-            bias = hide(bias, test_bits(bits_ptr, offs, inside))
+            bias = tl.where(test_bits(bits_ptr, offs, inside), bias, float("-inf"))
             acc1, acc2, m, norm = _step(
                 acc1, acc2, m, norm, q1, q2, pooled_k_ptr, pooled_v_ptr, stride_pkn * 8,
                 stride_pvn * 8, offs, inside, bias, inside, qk_scale, True, False, D, D1, D2, IEEE,
@@ -297,7 +294,7 @@ def forward(
         EVEN=config.block_n <= block_k and k.shape[2] % block_k == 0,
         HAS_PARTIAL=partial is not None, HAS_LENGTHS=block_lengths is not None,
         HAS_BIAS=key_bias is not None, HAS_POOLED=pooled is not None,
-        POOLED_STAGES=POOLED_LOOP_STAGES, IEEE=q.dtype == torch.float32,
+        MASKED_STAGES=max(2, config.num_stages - 2), IEEE=q.dtype == torch.float32,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse

@@ -31,7 +31,6 @@ from .triton_tiles import (
     eighths,
     entry_tokens,
     existing,
-    hide,
     inner,
     list_arguments,
     load_bias,
@@ -55,14 +54,14 @@ def _query_step(
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k of one key tile to dq, without the scale."""
-    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2, False)
+    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
     s = inner(q1, q2, k1, k2, D2, IEEE) * qk_scale
     if BIAS:
         s = s + bias[None, :]
     if MASK:
         s = tl.where(seen, s, float("-inf"))
     p = tl.math.exp2(s - lse2[:, None])
-    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2, False)
+    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2)
     ds = p * (inner(g1, g2, v1, v2, D2, IEEE) - delta[:, None])
     return accumulate(dq1, dq2, ds.to(k1.dtype), k1, k2, D2, IEEE)
 
@@ -81,7 +80,7 @@ def _grad_queries(
     stride_bb, stride_bh, stride_pbb, stride_pbh, stride_wb, stride_wh, stride_wq,
     heads, n_q, n_k, n_pooled, width, some_width, masks, qk_scale, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, EVEN: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
@@ -107,8 +106,8 @@ def _grad_queries(
     if HAS_BIAS:
         bias_ptr += b * stride_bb + h * stride_bh
 
-    g1, g2 = load_tile(g_ptr, offs_m, in_q, stride_gm * 8, D, D1, D2, True)
-    o1, o2 = load_tile(out_ptr, offs_m, in_q, stride_om * 8, D, D1, D2, True)
+    g1, g2 = load_tile(g_ptr, offs_m, in_q, stride_gm * 8, D, D1, D2)
+    o1, o2 = load_tile(out_ptr, offs_m, in_q, stride_om * 8, D, D1, D2)
     delta = tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     if D2 > 0:
         delta += tl.sum(g2.to(tl.float32) * o2.to(tl.float32), 1)
@@ -116,19 +115,19 @@ def _grad_queries(
     tl.store(delta_ptr + pair * n_q + offs_m, delta, mask=in_q)
     lse2 = tl.load(lse_ptr + pair * n_q + offs_m, mask=in_q, other=0.0) * LOG2E
     lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)  # nothing is seen: every weight is masked
-    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm * 8, D, D1, D2, True)
+    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm * 8, D, D1, D2)
     dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
     dq2 = dq1
     if D2 > 0:
         dq2 = tl.zeros([BLOCK_M, D2], tl.float32)
 
+    # Only the last entry can be ragged.
     total = tl.cdiv(count * BLOCK_K, BLOCK_N)
-    plain = total
+    plain = tl.maximum(total - (BLOCK_K + BLOCK_N - 1) // BLOCK_N, 0)
+    if EVEN:
+        plain = total
     if HAS_LENGTHS or HAS_BIAS:
         plain = 0
-    else:
-        # Only the last entry can be ragged.
-        plain = tl.maximum(total - (BLOCK_K + BLOCK_N - 1) // BLOCK_N, 0)
     for j in range(plain):
         block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
         offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, False)
@@ -173,7 +172,7 @@ def _grad_queries(
             offs = j * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = offs < n_pooled
             bias = load_bias(pooled_bias_ptr, offs, inside, True)
-            bias = hide(bias, test_bits(bits_ptr, offs, inside))
+            bias = tl.where(test_bits(bits_ptr, offs, inside), bias, float("-inf"))
             dq1, dq2 = _query_step(
                 dq1, dq2, q1, q2, g1, g2, lse2, delta, pooled_k_ptr, pooled_v_ptr, stride_pkn * 8,
                 stride_pvn * 8, offs, inside, bias, inside, qk_scale, True, False, D, D1, D2, IEEE,
@@ -190,8 +189,8 @@ def _key_step(
 ):  # fmt: skip
     """Adds ds^T q of one query tile to dk, without the scale, and p^T do to dv."""
     in_q = offs_m < n_q
-    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm, D, D1, D2, False)
-    g1, g2 = load_tile(g_ptr, offs_m, in_q, stride_gm, D, D1, D2, False)
+    q1, q2 = load_tile(q_ptr, offs_m, in_q, stride_qm, D, D1, D2)
+    g1, g2 = load_tile(g_ptr, offs_m, in_q, stride_gm, D, D1, D2)
     # A row beyond the queries has do = 0 and delta = 0; whatever is finite may be its weight.
     lse2 = tl.load(lse_ptr + offs_m, mask=in_q, other=0.0) * 1.4426950408889634
     delta = tl.load(delta_ptr + offs_m, mask=in_q, other=0.0)
@@ -242,8 +241,8 @@ def _grad_keys(
     delta_ptr += pair * n_q
     k_ptr += b * (stride_kb * 8) + h * (stride_kh * 8)
     v_ptr += b * (stride_vb * 8) + h * (stride_vh * 8)
-    k1, k2 = load_tile(k_ptr, offs_n, exists, stride_kn * 8, D, D1, D2, True)
-    v1, v2 = load_tile(v_ptr, offs_n, exists, stride_vn * 8, D, D1, D2, True)
+    k1, k2 = load_tile(k_ptr, offs_n, exists, stride_kn * 8, D, D1, D2)
+    v1, v2 = load_tile(v_ptr, offs_n, exists, stride_vn * 8, D, D1, D2)
     dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
     dk2 = dk1
@@ -324,7 +323,7 @@ def default_tiles(q: Tensor, block_q: int, block_k: int) -> tuple[Tiles, Tiles]:
     keys = Tiles(min(block_q, 64), min(block_k, 64), 4, 2)
     if q.shape[-1] <= 64 and block_q >= 128:
         return Tiles(128, 64, 8, 3), keys
-    return Tiles(min(block_q, 64), 64, 4, 3), keys
+    return Tiles(min(block_q, 64), 64, 4, 2), keys
 
 
 def backward(
@@ -367,6 +366,7 @@ def backward(
         **eighths("k", k), **eighths("v", v), **eighths("o", out), **strides("dq", dq, "bhm"),
         **arguments, **shared,
         BLOCK_K=block_k, BLOCK_M=for_queries.block_m, BLOCK_N=for_queries.block_n,
+        EVEN=for_queries.block_n <= block_k and k.shape[2] % block_k == 0,
         HAS_PARTIAL=partial is not None, HAS_LENGTHS=block_lengths is not None,
         HAS_BIAS=key_bias is not None, HAS_POOLED=pooled is not None,
         num_warps=for_queries.num_warps, num_stages=for_queries.num_stages,

@@ -45,6 +45,6 @@ def block_means(x: Tensor, block: int, lengths: Tensor | None) -> Tensor:
     _means[(blocks, batch * heads)](
         x, out, None if lengths is None else lengths.contiguous(), *x.stride(),
         heads, n, d, blocks,
-        BLOCK=block, ROWS=rows, D=columns, HAS_LENGTHS=lengths is not None, num_warps=8,
+        BLOCK=block, ROWS=rows, D=columns, HAS_LENGTHS=lengths is not None, num_warps=4,
     )  # fmt: skip
     return out

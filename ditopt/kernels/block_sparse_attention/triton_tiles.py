@@ -24,35 +24,25 @@ if TYPE_CHECKING:
 
 @triton.jit
 def load_columns(
-    ptr, offs, inside, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
-    GUARD: tl.constexpr,
+    ptr, offs, inside, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """Columns FIRST to FIRST + WIDTH of rows ``offs`` where ``inside``, zeros elsewhere.
-
-    Columns beyond D are zeros under GUARD, else they repeat others: what is multiplied with a
-    guarded tile or never stored may hold anything finite, and its loads need no second mask.
-    """
+    """Columns FIRST to FIRST + WIDTH of rows ``offs`` where ``inside``, zeros elsewhere."""
     cols = FIRST + tl.arange(0, WIDTH)
     mask = inside[:, None]
     if FIRST + WIDTH > D:
-        if GUARD:
-            mask = mask & (cols < D)[None, :]
-        else:
-            cols = tl.where(cols < D, cols, cols - (FIRST + WIDTH - D))
-            cols = tl.max_contiguous(tl.multiple_of(cols, 8), 8)
+        mask = mask & (cols < D)[None, :]
     return tl.load(ptr + offs[:, None].to(tl.int64) * stride + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_tile(
-    ptr, offs, inside, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    GUARD: tl.constexpr,
+    ptr, offs, inside, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
     """Both channel parts of some rows; the second repeats the first where there is none."""
-    x1 = load_columns(ptr, offs, inside, stride, 0, D1, D, GUARD)
+    x1 = load_columns(ptr, offs, inside, stride, 0, D1, D)
     x2 = x1
     if D2 > 0:
-        x2 = load_columns(ptr, offs, inside, stride, D1, D2, D, GUARD)
+        x2 = load_columns(ptr, offs, inside, stride, D1, D2, D)
     return x1, x2
 
 
@@ -121,17 +111,11 @@ def existing(block, place, lengths_ptr, n_k, BLOCK_K: tl.constexpr, HAS_LENGTHS:
 
 
 @triton.jit
-def hide(bias, inside):
-    """``bias`` of tokens in log2 units, -inf for those that are not ``inside``."""
-    return tl.where(inside, bias, float("-inf"))
-
-
-@triton.jit
 def load_bias(ptr, offs, inside, HAS_BIAS: tl.constexpr):
-    """Natural biases of tokens in log2 units, -inf where not ``inside``; 0 without any."""
+    """Natural biases of tokens in log2 units; 0 without any."""
     bias = tl.zeros(offs.shape, tl.float32)
     if HAS_BIAS:
-        bias = hide(tl.load(ptr + offs, mask=inside, other=0.0) * 1.4426950408889634, inside)
+        bias = tl.load(ptr + offs, mask=inside, other=0.0) * 1.4426950408889634
     return bias
 
 
@@ -166,11 +150,12 @@ def test_bits(ptr, places, inside):
 
 
 def split_head_size(d: int) -> tuple[int, int]:
-    """``d`` as two power-of-two tiles, the second 0 where one is as small: 72 -> (64, 16)."""
-    whole = triton.next_power_of_2(d)
-    first = whole // 2
-    second = max(16, triton.next_power_of_2(d - first))
-    return (first, second) if first + second < whole else (max(16, whole), 0)
+    """``d`` as two power-of-two tiles (second 0 where one fits): 64 -> (64, 0), 72 -> (64, 16)."""
+    first = 1 << (d.bit_length() - 1)
+    rest = d - first
+    if rest == 0:
+        return d, 0
+    return first, max(16, 1 << (rest - 1).bit_length())
 
 
 def aligned(x: Tensor) -> Tensor:
