@@ -7,7 +7,7 @@ Every number comes from a process of its own: one with empty compiler caches (co
 finds the caches of the former (warm). Not counted are imports, building the model, one eager call
 (which starts the GPU's libraries) and one small `torch.compile` (which starts the compiler's
 workers). Variants take turns, and each is repeated: medians and extremes are written, and for
-ditopt where the seconds go.
+ditopt where the seconds go. Models that the output file has already are kept.
 """
 
 from __future__ import annotations
@@ -122,9 +122,12 @@ def main() -> None:
     ratios = {state: by["ditopt", state] / by["inductor", state] for state in ("cold", "warm")}
     print(json.dumps(ratios))
     if arguments.output is not None:
-        environment = runs["ditopt"]["cold"][0]["environment"]
-        result = {"environment": environment, "model": arguments.model, "tiny": arguments.tiny}
-        result |= {"rows": rows, "ratio_to_inductor": ratios}
+        result = {"environment": runs["ditopt"]["cold"][0]["environment"], "models": []}
+        if arguments.output.exists():
+            result["models"] = json.loads(arguments.output.read_text())["models"]
+        kept = [one for one in result["models"] if one["model"] != arguments.model]
+        one = {"model": arguments.model, "tiny": arguments.tiny, "rows": rows}
+        result["models"] = [*kept, one | {"ratio_to_inductor": ratios}]
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
