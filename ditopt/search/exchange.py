@@ -69,6 +69,8 @@ class ExchangeableModel:
         compiled = compile_graph(graph, inputs, self._options, self._backend_name)
         if not isinstance(compiled, StepRuntime):
             raise PlanError("the model could not be captured, so nothing of it can be cached")
+        if not compiled.programs.base:
+            raise PlanError("no block stack was found in the model, so nothing can be cached")
         number = len(self.runtimes)
         self.runtimes.append(self._made(compiled))
         return lambda *args: self.runtimes[number](*args)
