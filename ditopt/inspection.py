@@ -127,7 +127,9 @@ def _graph_json(graph: Compiled) -> dict[str, Any]:
         "attention": [
             {key: plain(value) for key, value in vars(site).items()} for site in graph.attention
         ],
-        "linear": [vars(site) for site in graph.linear],
+        "linear": [
+            {key: plain(value) for key, value in vars(site).items()} for site in graph.linear
+        ],
         "decisions": [decision.to_json() for decision in graph.decisions],
     }
 

@@ -8,6 +8,7 @@ in a canonical body, once for all blocks that share it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class LinearSite:
         piece: index of the piece that holds it.
         node: its node's name in the piece's body.
         weight: slot of its weight, or None where that is computed.
+        rows: M, tokens of all samples; symbolic where the capture is.
     """
 
     id: str
@@ -90,6 +92,7 @@ class LinearSite:
     piece: int
     node: str
     weight: int | None = None
+    rows: Any = None
 
 
 def find_sites(captured: Captured) -> tuple[list[AttentionSite], list[LinearSite]]:
@@ -264,4 +267,5 @@ def _describe_linear(captured: Captured, piece: Piece, index: int, node: fx.Node
         if slot < len(captured.inputs) and captured.inputs[slot].role == "parameter":
             name = captured.inputs[slot].name.rsplit(".", 1)[0]
             owner = slot if base is weight else None
-    return LinearSite(name, _int(in_features), _int(out_features), index, node.name, owner)
+    rows = math.prod(fake_value(arguments(node)[0]).shape[:-1])
+    return LinearSite(name, _int(in_features), _int(out_features), index, node.name, owner, rows)

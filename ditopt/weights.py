@@ -45,6 +45,11 @@ class DerivedTensors:
         """Memory of the derived tensors; 0 before they are made."""
         return sum(value.untyped_storage().nbytes() for value in self._values.values())
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the derived tensors; empty before they are made."""
+        return tuple(self._values)
+
     def invalidate(self) -> None:
         """Make the tensors again at the next call (for changes that leave no trace on a tensor)."""
         self._seen = None

@@ -1,0 +1,96 @@
+"""What the inputs of linear layers look like, channel by channel and row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class InputStatistics:
+    """Running statistics of one layer's input, float64 on its device.
+
+    Attributes:
+        amax: [K] largest magnitude of each channel.
+        total, square: [K] sums of values and of squares.
+        rows: number of rows seen.
+    """
+
+    amax: Tensor
+    total: Tensor
+    square: Tensor
+    rows: int = 0
+
+    @classmethod
+    def empty(cls, k: int, device: torch.device) -> InputStatistics:
+        """Of no rows."""
+        zeros = torch.zeros(3, k, dtype=torch.float64, device=device)
+        return cls(zeros[0], zeros[1], zeros[2])
+
+    def add(self, x: Tensor) -> None:
+        """Take in the rows of x [..., K]."""
+        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        self.amax = torch.maximum(self.amax, rows.abs().amax(0))
+        self.total += rows.sum(0)
+        self.square += rows.square().sum(0)
+        self.rows += rows.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """[K] mean of each channel."""
+        return self.total / max(self.rows, 1)
+
+    def outliers(self) -> dict[str, float]:
+        """How hard the input is to round.
+
+        Returns:
+            `incoherence`: largest over mean channel maximum. `dc_ratio`: norm of the mean over the
+            root mean square. `rms`: LRQ-DiT's criterion J (arXiv 2508.03485). `top8_energy`: share
+            of the energy in the eight largest channels.
+        """
+        energy = self.square / max(self.rows, 1)
+        whole = float(energy.sum())
+        top = float(energy.topk(min(8, len(energy))).values.sum())
+        return {
+            "incoherence": float(self.amax.max() / self.amax.mean().clamp(min=1e-30)),
+            "dc_ratio": float(self.mean.norm() / max(whole, 1e-30) ** 0.5),
+            "rms": (whole / len(energy)) ** 0.5,
+            "top8_energy": top / max(whole, 1e-30),
+        }
+
+
+def plan_tensors(statistics: dict[str, InputStatistics]) -> dict[str, Tensor]:
+    """The statistics that transforms need, named as a plan's side file names them."""
+    found = {}
+    for layer, seen in statistics.items():
+        found[f"linear/amax/{layer}"] = seen.amax.float().cpu()
+        found[f"linear/mean/{layer}"] = seen.mean.float().cpu()
+    return found
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[dict[str, InputStatistics]]:
+    """Statistics of every linear layer's input, by module path, while the model runs eagerly."""
+    found: dict[str, InputStatistics] = {}
+
+    def hook(name: str) -> Any:
+        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            if name not in found:
+                found[name] = InputStatistics.empty(x.shape[-1], x.device)
+            found[name].add(x)
+
+        return look
+
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
