@@ -21,7 +21,7 @@ from ditopt.program import Phase, ProgramBuilder
 from ditopt.report import Decision
 from ditopt.runtime import CudaGraphs, InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
 from ditopt.site_inputs import HeadChoice, Remainder, SelectorChoice
-from ditopt.stack import Stack, find_stack
+from ditopt.stack import Stack, find_stack, unseen_inputs
 from ditopt.symbols import is_symbolic
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ class Linker:
         tracker = self._tracker(schedule) if schedule is not None and not schedule.trivial else None
         runtime = StepRuntime(programs, schedule, tracker, graphs=self._graphs())
         runtime.artifact.own(value for value in self.inputs if isinstance(value, nn.Parameter))
+        if self.root is not None:
+            runtime.artifact.root = weakref.ref(self.root)
         for derived in builder.derived.tensors:
             runtime.artifact.on_invalidate(derived.invalidate)
         self.record.derived = builder.derived
@@ -258,6 +260,16 @@ class Linker:
             f"{calls - len(plan.cache.full)} of {calls} calls forecast "
             f"the output of {first.path} to {last.path}",
         )
+        steady = {plan.sampler.timestep}
+        unseen = unseen_inputs(self.captured, found, set(plan.sampler.varying) - steady)
+        if unseen:
+            more = f" and {len(unseen) - 2} more" if len(unseen) > 2 else ""
+            self._decide(
+                "cache_inputs",
+                True,
+                f"{', '.join(unseen[:2])}{more} change from call to call and enter inside these "
+                "blocks: a skipped call forecasts their effect from earlier calls",
+            )
         return found
 
     def _gate(self, plan: Plan, stack: Stack | None) -> Gate | None:

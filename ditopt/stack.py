@@ -8,7 +8,7 @@ forecast as it is.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,32 @@ def find_probe(captured: Captured, stack: Stack, blocks: int) -> Probe | str:
     pairs = list(zip(first.outputs, first.bases, strict=True))
     continued = [(slot, base) for slot, base in pairs if base is not None and base in stack.bases]
     return Probe(end, tuple(continued or [(slot, None) for slot, _ in pairs]))
+
+
+def unseen_inputs(captured: Captured, stack: Stack, varying: Collection[str]) -> list[str]:
+    """Inputs that change from call to call and reach a result only through the inside of a stack.
+
+    ControlNet residuals, added behind the blocks, are such: a call that skips the blocks cannot see
+    this call's. What also goes into a carried tensor, as the latents do, is seen.
+    """
+    reach: dict[int, set[str]] = {
+        slot: {name} for name, slot in captured.user_inputs.items() if name in varying
+    }
+
+    def behind(slots: Iterable[int]) -> set[str]:
+        return {name for slot in slots for name in reach.get(slot, ())}
+
+    inside: set[str] = set()
+    for number, piece in enumerate(captured.pieces):
+        if stack.first <= number < stack.end:
+            entering = set(piece.inputs) - set(stack.bases)
+            inside |= behind(entering)
+            continue
+        for slot in piece.outputs:
+            reach[slot] = behind(piece.inputs)
+    after = (slot for piece in captured.pieces[stack.end :] for slot in piece.inputs)
+    seen = behind(slot for slot in stack.bases if slot is not None) | behind(after)
+    return [name for name in captured.user_inputs if name in inside - seen]
 
 
 def find_stack(captured: Captured) -> Stack | str:
@@ -170,6 +196,9 @@ def _continued(
         for s in piece.inputs
         if not _is_weight(captured, s) and _shape_of(captured, s, writer) == wanted
     ]
+    if len(candidates) > 1:
+        # What is added on the way (ControlNet residuals) enters from outside, the stream does not.
+        candidates = [s for s in candidates if s in writer]
     return candidates[0] if len(candidates) == 1 else None
 
 

@@ -81,10 +81,15 @@ class Artifact:
 
     Args:
         parameters: tensors of the model that it was compiled from, held weakly.
+
+    Attributes:
+        counters: what ran.
+        root: the model itself, weakly; its parameters may all be replaced by others one day.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         self.counters = Counters()
+        self.root: Callable[[], nn.Module | None] = lambda: None
         self._parameters: dict[int, weakref.ref[Tensor]] = {}
         self._callbacks: list[Callable[[], None]] = []
         self.own(parameters)
@@ -162,10 +167,15 @@ def invalidate(model: nn.Module | Mapping[str, nn.Module]) -> None:
 
 def _artifacts_of(model: nn.Module | Mapping[str, nn.Module]) -> list[Artifact]:
     modules = model.values() if isinstance(model, Mapping) else (model,)
+    parts = {id(part) for module in modules for part in module.modules()}
     parameters = {
         id(tensor): tensor
         for module in modules
         for tensors in (module.parameters(), module.buffers())
         for tensor in tensors
     }
-    return [artifact for artifact in tuple(_artifacts) if artifact.owns(parameters)]
+    return [
+        artifact
+        for artifact in tuple(_artifacts)
+        if artifact.owns(parameters) or id(artifact.root()) in parts
+    ]

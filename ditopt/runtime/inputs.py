@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Weights that are looked at in each call. A LoRA merge or a reload touches every layer, so a few
-# spread over the model notice it; `ditopt.invalidate` is for changes that leave these alone.
-_PROBED_WEIGHTS = 8
+_address, _version = torch.Tensor.data_ptr, attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,6 @@ class InputRoles:
             weights=tuple(i for i, name in enumerate(names) if name is None),
         )
 
-    @property
-    def probed(self) -> tuple[int, ...]:
-        """At most eight positions of weights, evenly spread."""
-        stride = -(-len(self.weights) // _PROBED_WEIGHTS) or 1
-        return self.weights[::stride]
-
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -62,16 +55,16 @@ class Identity:
         views: storage, address and stride of each invariant tensor; numbers by value.
         versions: in-place modification counter of each invariant tensor, or None when one of them
             is an inference tensor, which carries no counter.
-        weights: address and modification counter of the probed weights.
+        weights: addresses, then modification counters, of all weights (0.1 us each).
     """
 
     shapes: tuple[Any, ...]
     views: tuple[Any, ...]
     versions: tuple[int, ...] | None
-    weights: tuple[tuple[int, int], ...]
+    weights: tuple[int, ...]
 
 
-def identify(inputs: Sequence[Any], roles: InputRoles, probed: Sequence[int]) -> Identity:
+def identify(inputs: Sequence[Any], roles: InputRoles) -> Identity:
     """The identity of a call, valid as long as `lease(inputs, roles)` is held."""
     shapes: list[Any] = []
     for position in roles.varying:
@@ -90,17 +83,22 @@ def identify(inputs: Sequence[Any], roles: InputRoles, probed: Sequence[int]) ->
             versions = None
         elif versions is not None:
             versions.append(value._version)
-    weights = []
-    for position in probed:
-        value = inputs[position]
-        if isinstance(value, torch.Tensor) and not value.is_inference():
-            weights.append((value.data_ptr(), value._version))
     return Identity(
         tuple(shapes),
         tuple(views),
         None if versions is None else tuple(versions),
-        tuple(weights),
+        _weights([inputs[position] for position in roles.weights]),
     )
+
+
+def _weights(weights: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """A LoRA may be merged into a few layers only, so every weight is looked at."""
+    addresses = map(_address, weights)
+    try:
+        return (*addresses, *map(_version, weights))
+    except RuntimeError:  # inference tensors carry no counter
+        counted = [weight._version for weight in weights if not weight.is_inference()]
+        return (*map(_address, weights), *counted)
 
 
 def lease(inputs: Sequence[Any], roles: InputRoles) -> tuple[StorageWeakRef, ...]:

@@ -82,7 +82,6 @@ class StepRuntime:
         self.tracker = tracker
         self.artifact.on_invalidate(tracker.clear)
         self._schedule = schedule
-        self._probed = programs.roles.probed
         self._scope = next(_scopes)
         self._rows: dict[tuple[Any, ...], Tensor] = {}
 
@@ -103,7 +102,7 @@ class StepRuntime:
         return full.result
 
     def _run_step(self, tracker: TrajectoryTracker, inputs: Sequence[Any]) -> Any:
-        step = tracker.locate(inputs, self.programs.roles, self._probed, self._scope)
+        step = tracker.locate(inputs, self.programs.roles, self._scope)
         stored: tuple[Tensor, ...] | None = None
         gated: bool | None = None
         try:

@@ -75,19 +75,16 @@ class TrajectoryTracker:
         self._strangers = 0
         on_session_end(self)
 
-    def locate(
-        self, inputs: Sequence[Any], roles: InputRoles, probed: Sequence[int], scope: Hashable
-    ) -> Step:
+    def locate(self, inputs: Sequence[Any], roles: InputRoles, scope: Hashable) -> Step:
         """Find a call's position. `advance` or `abandon` must follow.
 
         Args:
             inputs: the compiled callable's arguments.
             roles: what they mean.
-            probed: `roles.probed`.
             scope: identifies the compiled callable.
         """
         session = current_session()
-        seen = identify(inputs, roles, probed)
+        seen = identify(inputs, roles)
         timestep = None
         if roles.timestep is not None and self.schedule.timesteps is not None:
             timestep = inputs[roles.timestep]

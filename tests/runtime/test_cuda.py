@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ditopt.patterns import Band, Dense
+from ditopt.plan import Gate
 from ditopt.runtime import (
     CudaGraphs,
     InputRoles,
@@ -20,11 +21,12 @@ from ditopt.runtime import (
     stats,
 )
 from ditopt.runtime.counters import _artifacts_of
+from ditopt.runtime.gate import Gate as RuntimeGate
 from ditopt.runtime.static_inputs import Hold
 from ditopt.torch_backend import compiled_graphs
 
+from .small_dit import CACHE, arguments, plan_for, sample, small_dit
 from .small_dit import TIMESTEPS as TIMESTEPS_DIT
-from .small_dit import arguments, plan_for, sample, small_dit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -316,3 +318,46 @@ def test_inputs_on_the_cpu_are_declined() -> None:
     assert [reason for _, reason in decisions] == [
         "a full step runs without a CUDA graph: one of its inputs lies on cpu"
     ]
+
+
+@pytest.mark.parametrize("kind", ["first_block", "prediction", "input"])
+@pytest.mark.parametrize("threshold", [1e-9, 1e9])
+def test_gates_with_and_without_graphs_give_the_same_bits(kind: Any, threshold: float) -> None:
+    model = small_dit("cuda", torch.bfloat16, width=128)
+    given = arguments(model, size=(32, 32))
+    cache = CACHE.model_copy(update={"gate": Gate(kind=kind, threshold=threshold)})
+    plan, results, counted = plan_for(model, given, cache=cache), [], []
+    for graphs in (False, True):
+        torch.compiler.reset()
+        options = {"plan": plan, "cuda_graphs": graphs}
+        compiled = torch.compile(model, backend="ditopt", options=options)
+        results.append([torch.stack(sample(compiled, given)) for _ in range(4)])
+        counted.append(max(a.counters.overridden for a in _artifacts_of(model)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert counted == ([12, 12] if threshold < 1 else [0, 0])
+
+
+@pytest.mark.parametrize("gate", [None, "first_block"])
+def test_extra_memory_of_a_compiled_model_is_that_predicted(gate: Any) -> None:
+    model = small_dit("cuda", torch.bfloat16, width=512)
+    given = arguments(model, size=(128, 128))
+    cache = (
+        CACHE if gate is None else CACHE.model_copy(update={"gate": Gate(kind=gate, threshold=9)})
+    )
+    plan = plan_for(model, given, cache=cache)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="ditopt", options={"plan": plan})
+    tokens = [((1, 64 * 64, 512), torch.bfloat16)]
+    made = RuntimeGate("first_block", 9.0) if gate else None
+    schedule = StepSchedule.build(6, cache.full, cache.coefficients, gate=made)
+    predicted = cache_bytes(schedule, tokens, signals=tokens if gate else ())
+    with session("warm", calls=6):
+        sample(compiled, given)
+    held, before = [], torch.cuda.memory_allocated()
+    with torch.no_grad(), session("measured", calls=6):
+        for t in TIMESTEPS_DIT:
+            given["timestep"].fill_(t)
+            compiled(**given)
+            held.append(torch.cuda.memory_allocated() - before)
+    assert predicted <= max(held) <= 1.05 * predicted
+    assert held[-1] <= 0.01 * predicted
