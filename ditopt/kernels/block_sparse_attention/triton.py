@@ -294,7 +294,7 @@ def forward(
         EVEN=config.block_n <= block_k and k.shape[2] % block_k == 0,
         HAS_PARTIAL=partial is not None, HAS_LENGTHS=block_lengths is not None,
         HAS_BIAS=key_bias is not None, HAS_POOLED=pooled is not None,
-        MASKED_STAGES=max(2, config.num_stages - 2), IEEE=q.dtype == torch.float32,
+        MASKED_STAGES=min(3, config.num_stages), IEEE=q.dtype == torch.float32,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
