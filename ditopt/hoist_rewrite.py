@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +11,9 @@ from ditopt.capture import Body, Captured, Input, Piece
 from ditopt.graph import fake_value
 from ditopt.hoist_body import SplitBody
 from ditopt.hoist_groups import Groups, origin, writers_of
+from ditopt.hoist_select import elements_of
 from ditopt.report import Decision
-from ditopt.symbols import hint
+from ditopt.runtime.memo import BY_VALUE
 
 if TYPE_CHECKING:
     from torch import fx
@@ -255,16 +255,16 @@ class Rewriter:
         size = sum(_bytes(rest.inputs[slot].fake) for slot in group.outputs)
         depends = f"on {group.name} only" if group.name else "on weights only"
         blocks = len(group.pieces)
-        return Decision(
-            "model",
-            "hoist",
-            True,
+        reason = (
             f"{len(group.outputs)} values of {blocks} {'part' if blocks == 1 else 'parts'} depend "
-            f"{depends}: computed once and kept, {size / 1e6:.1f} MB for each set of inputs",
+            f"{depends}: computed once and kept, {size / 1e6:.1f} MB for each set of inputs"
         )
+        fakes = [rest.inputs[slot].fake for slot in group.inputs]
+        if any(not fake.is_cpu and elements_of(fake) <= BY_VALUE for fake in fakes):
+            # A timestep of the same value may come as another tensor; reading it would wait.
+            reason += " (known by their memory: values on an accelerator are not read)"
+        return Decision("model", "hoist", True, reason)
 
 
 def _bytes(value: Any) -> int:
-    if not isinstance(value, torch.Tensor):
-        return 0
-    return prod(hint(size) for size in value.shape) * value.dtype.itemsize
+    return elements_of(value) * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -66,7 +67,11 @@ def is_view(node: fx.Node) -> bool:
 
 def elements(node: fx.Node) -> int:
     """Number of elements of a tensor result, by the sizes of the capture."""
-    value = fake_value(node)
+    return elements_of(fake_value(node))
+
+
+def elements_of(value: Any) -> int:
+    """Number of elements of a fake tensor, by the sizes of the capture; 0 for other values."""
     return prod(hint(size) for size in value.shape) if isinstance(value, torch.Tensor) else 0
 
 
