@@ -1,9 +1,11 @@
 """Measure and fit what one call of each attention executor costs: `costs` in configs.yaml.
 
-    python benchmarks/attention_costs.py
+    python benchmarks/attention_costs.py --write
 
 Device time comes from replays of a CUDA graph (small kernels would otherwise show the host), host
-time from calls that nothing waits for. The fit is of relative error, coefficients not negative:
+time from calls that nothing waits for. Long sequences come from the recorded results of
+`benchmarks/attention.py` on the same GPU. The fit is of relative error, of long
+calls a little more, coefficients not negative:
 microseconds = start + (tile x query blocks + entry x kept blocks) / processors. See
 `ditopt/kernels/block_sparse_attention/dispatch.py`, which reads the table.
 """
@@ -11,6 +13,7 @@ microseconds = start + (tile x query blocks + entry x kept blocks) / processors.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -25,12 +28,13 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path += [str(Path(__file__).resolve().parents[k]) for k in (1, 0)]
 
-from attention import compiled_flex, random_lists, relative_error
+from attention import EXECUTORS, compiled_flex, random_lists, relative_error
+from attention import SHAPES as ATTENTION_SHAPES
 
 from ditopt.kernels.block_sparse_attention import fa4, reference
+from ditopt.kernels.block_sparse_attention.configs import FILE
 
 SHAPES = (  # batch, heads, tokens, channels
     (1, 8, 512, 128),
@@ -44,6 +48,7 @@ SHAPES = (  # batch, heads, tokens, channels
 )
 BLOCKS = ((128, 128), (128, 64), (64, 64))
 FLEX_TOKENS = (1024, 4608)  # each shape is a compilation
+RESULTS = Path(__file__).resolve().parent / "results"
 ERROR = 4e-3  # twice what bf16's own rounding costs
 
 
@@ -110,6 +115,10 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
         work = {"rows": batch * heads * (n // 128), "entries": blocks_in_all}
         rows.append({"executor": "sdpa", **size, **work, "ms": replay_ms(dense)})
         hosts.setdefault("sdpa", host_us(dense))
+        if fa4.reason_to_decline(q, 128, 128) is None:
+            dense = partial(fa4.dense, q, k, v, d**-0.5)
+            rows.append({"executor": "fa4_dense", **size, **work, "ms": replay_ms(dense)})
+            hosts.setdefault("fa4_dense", host_us(dense))
         for block in BLOCKS if n in (4608, 16384, 1024, 4096) else BLOCKS[:1]:
             for density in (1.0, 0.25, 0.1):
                 counts, ids = random_lists([density] * heads, n, *block)
@@ -121,7 +130,7 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
                 for name, run in executors(args, n).items():
                     if not relative_error(run()[:1, -1:], truth) <= ERROR:
                         raise SystemExit(f"gate: {name} is wrong on {n} x {d}, {block}")
-                    if n == 512:
+                    if n == 512 or name == "flex":
                         hosts.setdefault(name, host_us(run))
                     rows.append(
                         {"executor": name, "channels": d, "tokens": n, "block": block}
@@ -132,32 +141,79 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
     return rows, hosts
 
 
+def recorded(gpu: str) -> list[dict[str, Any]]:
+    """Rows of the recorded results of `benchmarks/attention.py` on this GPU."""
+    executor_of = {label: name for name, label in EXECUTORS.items()}
+    rows = []
+    for path in sorted(RESULTS.glob("attention*.json")):
+        report = json.loads(path.read_text())
+        for row in report["results"] if report.get("gpu") == gpu else ():
+            if row["implementation"] in executor_of and row.get("lists", "equal") == "equal":
+                heads, n, d = ATTENTION_SHAPES[row["shape"]]
+                block = tuple(row.get("block", (128, 128)))
+                blocks = heads * -(-n // block[0]), -(-n // block[1])
+                rows.append(
+                    {"executor": executor_of[row["implementation"]], "channels": d, "tokens": n}
+                    | {"block": block, "rows": blocks[0], "ms": row["ms"]}
+                    | {"entries": blocks[0] * blocks[1] * row["density"]}
+                )
+    return rows
+
+
 def fit(rows: list[dict[str, Any]], processors: int) -> tuple[np.ndarray, float]:
     """(start, tile, entry) in microseconds and the median relative error."""
     times = np.array([row["ms"] * 1e3 for row in rows])
     design = np.array([[1, r["rows"] / processors, r["entries"] / processors] for r in rows])
-    found, _ = nnls(design / times[:, None], np.ones(len(rows)))
+    weight = times**0.25  # a wrong choice costs more where calls are long
+    found, _ = nnls(design / times[:, None] * weight[:, None], weight)
     return found, float(np.median(np.abs(design @ found / times - 1)))
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    rows, hosts = measure()
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
+def table(rows: list[dict[str, Any]], hosts: dict[str, float], processors: int) -> list[str]:
+    """The lines of `costs`, one for each executor, block size and head size."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["executor"], row["block"], row["channels"]), []).append(row)
-    print(f"{torch.cuda.get_device_name()}:\n  costs:")
+    lines = ["  costs:"]
     for (name, block, channels), group in groups.items():
         (start, tile, entry), error = fit(group, processors)
-        host = hosts.get(name, hosts["sdpa"])
-        print(
+        lines.append(
             f"    - {{executor: {name}, block: [{block[0]}, {block[1]}], channels: {channels}, "
-            f"processors: {processors}, host: {host:.0f}, start: {start:.1f}, tile: {tile:.3f}, "
-            f"entry: {entry:.4f}}}  # {len(group)} times, median error {error:.0%}"
+            f"processors: {processors}, host: {hosts[name]:.0f}, start: {start:.1f}, "
+            f"tile: {tile:.3f}, entry: {entry:.4f}}}  # {len(group)} times, off by {error:.0%}"
         )
-    for row in rows:
-        print(f"# {row}")
+    return lines
+
+
+def written(text: str, gpu: str, lines: list[str]) -> str:
+    """The file with these costs in the GPU's section, in place of those that were there."""
+    kept: list[str] = []
+    here = skipping = False
+    for line in text.splitlines():
+        if line and not line.startswith((" ", "#")):
+            here = line == f"{gpu}:"
+        if not line.startswith("    "):
+            skipping = here and line == "  costs:"
+        if not skipping:
+            kept.append(line)
+    if f"{gpu}:" not in kept:
+        kept.append(f"{gpu}:")
+    at = kept.index(f"{gpu}:") + 1
+    return "\n".join([*kept[:at], *lines, *kept[at:]]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="into configs.yaml")
+    options = parser.parse_args()
+    gpu = torch.cuda.get_device_name()
+    rows, hosts = measure()
+    lines = table(
+        [*rows, *recorded(gpu)], hosts, torch.cuda.get_device_properties(0).multi_processor_count
+    )
+    print(f"{gpu}:", *lines, *(f"# {row}" for row in rows), sep="\n")
+    if options.write:
+        FILE.write_text(written(FILE.read_text(), gpu, lines))
 
 
 if __name__ == "__main__":

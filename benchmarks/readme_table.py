@@ -80,7 +80,7 @@ def models_text(path: Path, result: dict[str, Any]) -> str:
 
 ATTENTION_COLUMNS = (
     *("shape", "density", "time", "over cuDNN dense", "ours"),
-    *("plain Triton", "FlexAttention"),
+    *("FlashAttention-4", "plain Triton", "FlexAttention"),
 )
 
 
@@ -94,8 +94,10 @@ def attention_text(path: Path, result: dict[str, Any]) -> str:
     rows = []
     for (shape, lists, density), found in by_case.items():
         ours = found["ours"]
-        kernels = ("ours", "ours, plain Triton", "FlexAttention, compiled")
-        shares = " | ".join(f"{found[name]['efficiency']:.2f}" for name in kernels)
+        kernels = ("ours", "FlashAttention-4", "ours, plain Triton", "FlexAttention, compiled")
+        shares = " | ".join(
+            f"{found[name]['efficiency']:.2f}" if name in found else "" for name in kernels
+        )
         heads = " (mixed heads)" if lists == "mixed" else ""
         speedup = f"{ours['speedup_over_cudnn']:.2f}x"
         rows.append(
@@ -112,7 +114,7 @@ def section(path: Path, result: Any) -> str | None:
     """The table of one recorded file, None for files that have none."""
     if is_bench(result):
         return table_text(path, result)
-    if isinstance(result, dict) and "models" in result:
+    if isinstance(result, dict) and path.stem.startswith("models"):
         return models_text(path, result)
     if isinstance(result, dict) and path.stem.startswith("attention"):
         return attention_text(path, result)

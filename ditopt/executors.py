@@ -21,6 +21,8 @@ from ditopt.symbols import hint
 if TYPE_CHECKING:
     from torch import fx
 
+DENSE = dispatch.DENSE
+"""Executors of attention without lists."""
 UNKNOWN_DENSITY = 0.25
 """For selectors that keep as much as the data asks for."""
 

@@ -17,7 +17,7 @@ from torch import fx
 from ditopt.assembly import BoundPiece, assemble, function_of
 from ditopt.derived import DerivedWeights
 from ditopt.errors import PlanError
-from ditopt.executors import choose_executors
+from ditopt.executors import DENSE, choose_executors
 from ditopt.graph import placeholders
 from ditopt.hoist import hoist
 from ditopt.hoist_body import SizeInput
@@ -351,7 +351,7 @@ class ProgramBuilder:
         executors = choose_executors(piece.body.gm.graph.nodes, {**sparse, **online})
         for node, executor in executors.items():
             self._decide_executor(self._sites[index, node], node, executor)
-            if executor.executor == "sdpa":
+            if executor.executor in DENSE:
                 del sparse[node]
         own = frozenset(k for k, slot in enumerate(piece.inputs) if self._is_own(slot))
         choices: dict[str, HeadChoice | SelectorChoice] = {**sparse, **online}

@@ -2,7 +2,8 @@
 
 ditopt's block-sparse operator becomes the executor that was chosen for it (by measured cost, see
 `kernels.block_sparse_attention.dispatch`): FlexAttention and plain Triton, which Inductor sees
-through, FlashAttention-4, or the operator itself with the kernel that it has for the device.
+through, FlashAttention-4, or the operator itself with the kernel that it has for the device. Dense
+attention goes to FlashAttention-4 where that is installed and its measured cost is lower.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ditopt.executors import UNKNOWN_DENSITY, device_name
 from ditopt.graph import arguments, fake_value, placeholders
 from ditopt.kernels.block_sparse_attention import dispatch
 from ditopt.passes.base import EXECUTOR
+from ditopt.sites import SDPA, attention_operands, is_causal
 from ditopt.symbols import hint
 
 if TYPE_CHECKING:
@@ -53,11 +55,46 @@ class InductorBackend:
 
 def _use_executors(gm: fx.GraphModule) -> None:
     operator = torch.ops.ditopt.block_sparse_attention.default
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is operator:
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is operator:
             executor = node.meta.get(EXECUTOR) or _preferred(node)
             node.target = _target(executor) or operator
+        elif node.target is SDPA and _prefers_fa4(node):
+            _use_fa4(gm, node)
     gm.recompile()
+
+
+def _prefers_fa4(node: fx.Node) -> bool:
+    """Whether FlashAttention-4 can compute a dense attention, and faster by measured cost."""
+    q, k, v, mask, _ = attention_operands(node)
+    dropout = node.kwargs.get("dropout_p", (*arguments(node), 0.0, 0.0)[4])
+    if mask is not None or is_causal(node) or dropout:
+        return False
+    tensors = [fake_value(x) for x in (q, k, v)]
+    q, k, v = tensors
+    if q.ndim != 4 or k.shape != v.shape or q.shape[1] != k.shape[1]:
+        return False
+    declined = dispatch.reasons_to_decline(q, 128, 128)
+    if "fa4" in declined:
+        return False
+    batch, heads, n_q, channels = (hint(size) for size in q.shape)
+    site = dispatch.Site(batch, n_q, hint(k.shape[2]), channels, 128, 128, (1.0,) * heads)
+    chosen = dispatch.choose_dense(site, device_name(q.device), declined)
+    return chosen is not None and chosen[0] == "fa4_dense"
+
+
+def _use_fa4(gm: fx.GraphModule, node: fx.Node) -> None:
+    from ditopt.kernels.block_sparse_attention import fa4  # noqa: F401  (registers it)
+
+    q, k, v, _, scale = attention_operands(node)
+    scale = scale if scale is not None else fake_value(q).shape[-1] ** -0.5
+    with gm.graph.inserting_before(node):
+        call = gm.graph.call_function(torch.ops.ditopt.attention_fa4.default, (q, k, v, scale))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    gm.graph.erase_node(node)
 
 
 def _preferred(node: fx.Node) -> str:

@@ -28,6 +28,7 @@ TABLE = (
     cost("sdpa", host=5.0, entry=0.95),
     cost("gluon", channels=64, host=80.0, entry=0.7),
 )
+WITH_FA4 = (*TABLE, cost("fa4_dense", entry=0.9))
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +95,19 @@ def test_dense_heads_leave_where_that_is_faster() -> None:
     assert (lists.executor, lists.dense_heads) == ("gluon", ())
 
 
+def test_flash_attention_4_takes_dense_attention_where_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "costs_of", lambda device: WITH_FA4)
+    every = site(32768, 1.0, 1.0)
+    assert choose(every, "chip", NOTHING).executor == "fa4_dense"
+    assert choose(every, "chip", {"fa4": "not installed"}).executor == "sdpa"
+    assert dispatch.choose_dense(every, "chip", {"fa4": "not installed"}) == (
+        "sdpa",
+        forecast("sdpa", every, "chip"),
+    )
+
+
 def test_dense_heads_stay_where_joining_costs_more() -> None:
     alternating = (1.0, 0.1) * 6
     choice = choose(site(1024, *alternating), "chip", {"gluon": "no"})
@@ -125,7 +139,7 @@ def test_measured_tables_are_complete() -> None:
     assert measured
     for entry in measured:
         assert set(entry) == set(cost("x", entry=1.0))
-        assert entry["executor"] in (*dispatch.PREFERENCE, "sdpa")
+        assert entry["executor"] in (*dispatch.PREFERENCE, *dispatch.DENSE)
         assert min(entry[key] for key in ("host", "start", "tile", "entry")) >= 0
         assert entry["entry"] > 0
 

@@ -1,7 +1,7 @@
 """Which executor runs one attention: the one with the smallest forecast time of those that can.
 
 Executors are `gluon` (the operator itself on Hopper), `fa4`, `flex`, `triton` and `cpu` for lists,
-and `sdpa` for attention whose heads are all dense. A forecast is
+and `sdpa` or `fa4_dense` for attention whose heads are all dense. A forecast is
 
     max(host, start + (tile x query blocks + entry x kept blocks) / processors)   [microseconds]
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PREFERENCE = ("gluon", "fa4", "flex", "triton", "cpu")
 """Order where nothing was measured: see the README for the figures behind it."""
+DENSE = ("sdpa", "fa4_dense")
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,32 @@ def choose(site: Site, device: str, declined: Mapping[str, str]) -> Choice:
         return Choice(able[0], f"{able[0]}: no costs were measured on {device}.{rest}")
     best = min(times, key=times.__getitem__)
     dense = tuple(h for h, density in enumerate(site.densities) if density >= 1.0)
-    if dense and "sdpa" not in declined:
-        sdpa = _dense_time(site, dense, best, device)
-        if sdpa is not None and sdpa < times[best]:
-            words = _listing({"sdpa": sdpa, **times})
-            if len(dense) == len(site.densities):
-                return Choice("sdpa", f"sdpa, every head is dense: {words}", dense)
+    if len(dense) == len(site.densities) and "sdpa" not in declined:
+        whole = choose_dense(site, device, declined)
+        if whole is not None and whole[1] < times[best]:
+            words = _listing({whole[0]: whole[1], **times})
+            return Choice(whole[0], f"{whole[0]}, every head is dense: {words}", dense)
+    elif dense and "sdpa" not in declined:
+        apart = _apart(site, dense, best, device)
+        if apart is not None and apart < times[best] * _PAYS:
+            words = _listing({"apart": apart, **times})
             text = f"{best}, and sdpa for {len(dense)} dense heads: {words}"
             return Choice(best, text + _tail(declined), dense)
     return Choice(best, f"{best}: {_listing(times)}{_tail(declined)}")
 
 
-def _dense_time(site: Site, dense: Sequence[int], executor: str, device: str) -> float | None:
+def choose_dense(site: Site, device: str, declined: Mapping[str, str]) -> tuple[str, float] | None:
+    """The executor for dense attention and its forecast in milliseconds; None without costs."""
+    able = [
+        name
+        for name in DENSE
+        if name not in declined and (name != "fa4_dense" or "fa4" not in declined)
+    ]
+    times = {name: t for name in able if (t := forecast(name, site, device)) is not None}
+    return min(times.items(), key=lambda item: item[1]) if times else None
+
+
+def _apart(site: Site, dense: Sequence[int], executor: str, device: str) -> float | None:
     """Forecast with the dense heads in `sdpa`, each run of neighbours in a call of its own."""
     total, groups = 0.0, runs(len(site.densities), dense)
     for first, end in groups:
@@ -130,6 +145,8 @@ def _dense_time(site: Site, dense: Sequence[int], executor: str, device: str) ->
     return total
 
 
+_PAYS = 0.97
+"""Of the time of one launch: what two kinds of calls must stay below."""
 _BYTES_PER_MS = 3e9
 """Copies in device memory, on the slow side of the measured GPU (4.2e9): a split has to pay."""
 

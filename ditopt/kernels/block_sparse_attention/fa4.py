@@ -1,9 +1,10 @@
 """FlashAttention-4 as an executor: the optional extra ``ditopt[fa4]``, Hopper and Blackwell.
 
 ``torch.ops.ditopt.block_sparse_attention_fa4`` has the operator's signature and takes the same
-lists: kept blocks go in as they are, nothing is converted. It is opaque to compilers, and compiles
-itself (CuTe DSL) on the first call of each data type, head size and block size, for some seconds.
-Source: Dao-AILab/flash-attention, ``flash_attn/cute`` (4.0.0b36).
+lists: kept blocks go in as they are, nothing is converted. ``attention_fa4`` is dense. Both are
+opaque to compilers, and compile themselves (CuTe DSL) on the first call of each data type, head
+size and block size, for some seconds. Source: Dao-AILab/flash-attention, ``flash_attn/cute``
+(4.0.0b36).
 """
 
 from __future__ import annotations
@@ -101,6 +102,11 @@ def _fake(
 torch.library.register_fake(_NAME, _fake)
 
 
+_DENSE = "ditopt::attention_fa4"
+torch.library.define(_DENSE, "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+
+
+@torch.library.impl(_DENSE, "cuda")
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Dense attention [B, H, N_q, D] by FlashAttention-4."""
     from flash_attn.cute import flash_attn_func
@@ -108,3 +114,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     tokens_first = (x.transpose(1, 2) for x in (q, k, v))
     out: Tensor = flash_attn_func(*tokens_first, softmax_scale=scale)[0]
     return out.transpose(1, 2)
+
+
+def _dense_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return empty_output(q, v)
+
+
+torch.library.register_fake(_DENSE, _dense_fake)

@@ -37,7 +37,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, block_k: int, *, values: bool) -> 
     k = k - k.mean(2, keepdim=True)
     blocks = -(-k.shape[2] // block_k)
     padded = torch.nn.functional.pad(k, (0, 0, 0, blocks * block_k - k.shape[2]))
-    per_block = padded.unflatten(2, (blocks, block_k)).abs().amax((-1, -2)) / 127
+    per_block = padded.reshape(*k.shape[:2], blocks, -1).abs().amax(-1) / 127
     k_scale = per_block.clamp_min(1e-12).repeat_interleave(block_k, 2)[:, :, : k.shape[2], None]
     v8 = v.double()
     if values:
