@@ -84,6 +84,25 @@ class Workload:
         """The name, or the class of the first denoiser."""
         return self.name or type(next(iter(self.models.values()))).__name__
 
+    def parts(self) -> dict[str, Workload]:
+        """One workload for each denoiser; the others stay as they are in its loop.
+
+        A pipeline of several experts (Wan2.2) is profiled and planned part by part. Each plan is
+        verified with the other experts dense, so errors add up where all plans are used together.
+        """
+
+        def part(name: str) -> Workload:
+            def sample(model: Denoiser, seed: int) -> Tensor:
+                return self.sample({**self.models, name: model}, seed)
+
+            origin = None if self.origin is None else f"{self.origin}@{name}"
+            title = f"{self.title}: {name}"
+            return replace(self, model=self.models[name], sample=sample, name=title, origin=origin)
+
+        if not isinstance(self.model, Mapping):
+            return {"model": self}
+        return {name: part(name) for name in self.model}
+
     def run(self, seed: int, models: Mapping[str, Denoiser] | None = None) -> Tensor:
         """Run the loop once, without gradients.
 
@@ -166,11 +185,19 @@ def load_workload(spec: str) -> Workload:
 
     Args:
         spec: `path/to/file.py[:function]`, a function without arguments that returns a Workload
-            (`workload` by default), or `diffusers:PATH`, a folder with a saved pipeline.
+            (`workload` by default), or `diffusers:PATH`, a folder with a saved pipeline. `@NAME`
+            behind either means one of several denoisers, as in `Workload.parts`.
 
     Raises:
         WorkloadError: the file or function is missing, fails, or returns something else.
     """
+    whole, _, denoiser = spec.rpartition("@")
+    if whole.endswith(".py") or ".py:" in whole or whole.startswith("diffusers:"):
+        parts = load_workload(whole).parts()
+        if denoiser not in parts:
+            remedy = did_you_mean(denoiser, parts)
+            raise WorkloadError(f"{whole} has no denoiser {denoiser!r}", remedy=remedy)
+        return parts[denoiser]
     if spec.startswith("diffusers:"):
         folder = spec.removeprefix("diffusers:")
         loaded = Workload.from_pipeline(*load_pipeline(folder))

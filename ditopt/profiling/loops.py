@@ -32,7 +32,7 @@ def only_model(workload: Workload) -> nn.Module:
     if len(models) > 1:
         raise ProfileError(
             f"the workload has {len(models)} denoisers ({', '.join(models)}), a profile is of one",
-            remedy="Make a workload for each and keep the others inside its sample function.",
+            remedy="Profile each of `workload.parts()`; on the command line, WORKLOAD@NAME.",
         )
     return next(iter(models.values()))
 
