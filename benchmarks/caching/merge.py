@@ -30,7 +30,8 @@ def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             known["rollouts"] += one["rollouts"]
         speeds |= {one["model"]: one for one in part.get("speed", [])}
     for one in quality.values():
-        one["claims"] = claims(one["rows"])
+        planners = dict.fromkeys(row["method"] for row in one["rows"] if _ours(row["method"]))
+        one["claims"] = {name: claims(one["rows"], name) for name in planners}
     result["quality"], result["speed"] = list(quality.values()), list(speeds.values())
     result["published"] = [
         published
@@ -53,13 +54,17 @@ def curve(rows: Sequence[Row], method: str) -> dict[int, Row]:
     return found
 
 
-def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each K: the planner's lead over the best baseline, and full calls at equal PSNR."""
-    ours = curve(rows, "planned")
+def _ours(method: str) -> bool:
+    return method.startswith("planned")
+
+
+def claims(rows: Sequence[Row], planner: str = "planned") -> list[dict[str, Any]]:
+    """For each K: a planner's lead over the best baseline, and full calls at equal PSNR."""
+    ours = curve(rows, planner)
     rivals = {
         method: curve(rows, method)
         for method in dict.fromkeys(row["method"] for row in rows)
-        if not method.startswith("planned")
+        if not _ours(method)
     }
     found = []
     for budget, mine in ours.items():
@@ -86,7 +91,7 @@ def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def at_published_speed(speed: Row, quality: Row) -> dict[str, Any]:
     """K at which a published speedup is reached, and the trained model's PSNR at that K."""
     calls = quality["calls"]
-    k = calls_at(speed, calls)
+    k = speed["published"]["full_calls"][str(calls)]
     ours = curve(quality["rows"], "planned")
     return {
         "model": speed["model"],
@@ -97,12 +102,6 @@ def at_published_speed(speed: Row, quality: Row) -> dict[str, Any]:
     }
 
 
-def calls_at(speed: Row, calls: int) -> int:
-    """Most full calls with the published speedup, from the measured share of a skipped call."""
-    found: int = speed["published"]["full_calls"][str(calls)]
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
@@ -111,7 +110,8 @@ def main() -> None:
     result = merged([json.loads(path.read_text()) for path in arguments.files])
     for one in result["quality"]:
         print(quality_table(one))
-        print(claims_table(one["claims"]))
+        for name, found in one["claims"].items():
+            print(f"\n{name}:\n{claims_table(found)}")
     if result["speed"]:
         print(speed_table(result["speed"]))
     print(json.dumps(result["published"]))

@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="*", type=int, default=list(range(4, 13)))
     parser.add_argument("--short-list", type=int, default=12)
     parser.add_argument("--moves", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=8, help="to record, and as many to tune on")
     parser.add_argument("--tiny", action="store_true", help="small clips, few seeds: a dry run")
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -127,7 +128,7 @@ def main() -> None:
     workload = make(device=device.type, dtype=getattr(torch, arguments.dtype))
     if arguments.tiny:
         workload = small(workload)
-    sizes = (1, 2, 1) if arguments.tiny else (8, 8, 8)
+    sizes = (1, 2, 1) if arguments.tiny else (arguments.seeds, arguments.seeds, 8)
     seeds = (PROFILE_SEEDS, TUNE_SEEDS, AUDIT_SEEDS)
     profile, tune, audit = ([*all_of[:n]] for all_of, n in zip(seeds, sizes, strict=True))
     rows: list[dict[str, Any]] = []
@@ -142,6 +143,7 @@ def main() -> None:
             "backend": arguments.backend,
             "calls": recording.calls,
             "seeds": {"profile": profile, "tune": tune, "audit": audit},
+            "planner": {"short_list": arguments.short_list, "moves": arguments.moves},
             "full_plan_db": [round(value, 2) for value in plain],
             "rows": rows,
         }

@@ -1,7 +1,6 @@
 """The offline side of step caching: from recorded residuals to a schedule."""
 
 from ditopt.caching.baselines import (
-    at_budget,
     evenly_spaced,
     first_block_cache,
     magcache,
@@ -27,7 +26,6 @@ __all__ = [
     "ResidualGram",
     "RunSignals",
     "Signals",
-    "at_budget",
     "choose_by_sampling",
     "draw_calls",
     "evenly_spaced",

@@ -7,7 +7,7 @@ from recorded values. Every recipe reuses or forecasts the residual of the whole
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -149,35 +149,6 @@ def smoothcache(changes: Tensor, threshold: float, *, lookahead: int = 3) -> Cac
         ]
         call += max(reach, default=0) + 1
     return _reusing(calls, full)
-
-
-def at_budget(
-    recipe: Callable[[float], CacheSchedule], budget: int, *, highest: float = 10.0
-) -> CacheSchedule:
-    """The schedule of a thresholded recipe with the most full calls that a budget allows.
-
-    Thresholds do not transfer between models; numbers of full calls do.
-
-    Args:
-        recipe: threshold -> schedule, for instance `lambda d: teacache(changes, d)`.
-        budget: most full calls.
-        highest: threshold at which the recipe skips as much as it ever does.
-    """
-    low, high = 0.0, highest
-    best = recipe(highest)
-    if len(best.full) > budget:
-        raise PlanError(
-            f"the recipe has {len(best.full)} full calls at its highest threshold, over {budget}"
-        )
-    for _ in range(60):
-        middle = (low + high) / 2
-        schedule = recipe(middle)
-        if len(schedule.full) > budget:
-            low = middle
-        else:
-            high = middle
-            best = max(best, schedule, key=lambda candidate: len(candidate.full))
-    return best
 
 
 def _reusing(calls: int, full: set[int]) -> CacheSchedule:

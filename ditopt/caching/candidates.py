@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditopt.caching.baselines import relative_change
+from ditopt.caching.baselines import evenly_spaced, relative_change
 from ditopt.caching.cache_schedule import CacheSchedule, schedule_error
 from ditopt.caching.fit import fit_rows
 from ditopt.caching.schedule_search import search_schedules
@@ -84,12 +84,11 @@ def draw_calls(
         for rule in (*RULES[:1], *_step_rules(steps), *RULES[1:])
         for proposed in _by_rule(gram, rule)
     ]
-    # Fewer calls than any rule forces: evenly spaced.
-    even = [tuple(call * calls // k for call in range(k)) for k in range(1, calls + 1)]
     for full in (*choices, *_drifting(gram)):
         if full not in found[len(full)]:
             found[len(full)].append(full)
-    return {k: some or [even[k - 1]] for k, some in found.items()}
+    # Fewer calls than any rule forces: evenly spaced.
+    return {k: some or [evenly_spaced(calls, k).full] for k, some in found.items()}
 
 
 def _by_rule(gram: Tensor, rule: Rule) -> list[CacheSchedule]:
