@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditopt.kernels.block_sparse_attention import reference, reference_8bit
+from ditopt.kernels.block_sparse_attention import ops_8bit, reference, reference_8bit
 
 NO_HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 SHAPES = [  # heads, n_q, n_k, head size, block_k
@@ -105,6 +105,41 @@ def test_e4m3_saturates_and_rounds_to_even() -> None:
     x = torch.tensor([1e4, -1e4, 1.0625, 1.1875, 2.0**-10])
     expected = torch.tensor([448.0, -448.0, 1.0, 1.25, 0.0])
     torch.testing.assert_close(reference_8bit.round_e4m3(x), expected)
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_opcheck(values: bool) -> None:
+    operator = torch.ops.ditopt.block_sparse_attention_8bit.default
+    torch.library.opcheck(operator, (*case(SHAPES[0], dtype=torch.bfloat16), values))
+
+
+def test_public_function_is_the_reference_on_a_cpu() -> None:
+    *tensors, block_q, block_k, scale = args = case(SHAPES[0])
+    blocks = {"block_q": block_q, "block_k": block_k}
+    for arithmetic, values in (("int8_qk", False), ("int8_qk_e4m3_pv", True)):
+        out = ops_8bit.block_sparse_attention_8bit(*tensors, **blocks, arithmetic=arithmetic)
+        expected = reference_8bit.block_sparse_attention_8bit(*args, values=values)
+        torch.testing.assert_close(out, expected.float())
+        assert out.transpose(1, 2).is_contiguous()
+    assert scale == 64**-0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arithmetic": "int4"}, "arithmetic: must be int8_qk or int8_qk_e4m3_pv, got 'int4'"),
+        ({"scale": -1.0}, "scale: must be finite and positive, got -1.0"),
+        ({"block_q": 64}, "kv_num_blocks: 200 queries in blocks of 64 need 4 query blocks"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    *tensors, block_q, block_k, _ = case(SHAPES[0])
+    options: dict[str, Any] = {"block_q": block_q, "block_k": block_k, "arithmetic": "int8_qk"}
+    with pytest.raises(ValueError, match=message):
+        ops_8bit.block_sparse_attention_8bit(*tensors, **{**options, **change})
+    tensors[0].requires_grad_()
+    with pytest.raises(ValueError, match="q: 8-bit attention has no gradients"):
+        ops_8bit.block_sparse_attention_8bit(*tensors, **options)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from .launch import Box, Launcher
 from .ops import empty_output
 from .order import order_heads
 from .quantize import Quantized, quantize
+from .triton_tiles import aligned
 
 CONSUMERS = 2
 ROWS = 64 * CONSUMERS
@@ -102,6 +103,7 @@ def forward(
     values: bool,
 ) -> Tensor:
     """Output [B, H, N_q, D]; quantises, with V too where ``values``, and attends."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = empty_output(q, v)
     operands = quantize(q, k, v, block_k, scale, values=values)
     forward_quantized(operands, out, kv_num_blocks, kv_indices, block_q, block_k)
