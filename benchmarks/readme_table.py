@@ -110,6 +110,37 @@ def attention_text(path: Path, result: dict[str, Any]) -> str:
     return f"{title} ({facts}):\n\n{header(ATTENTION_COLUMNS)}\n" + "\n".join(rows) + "\n"
 
 
+CACHING_COLUMNS = ("full calls K of T", "planned", "best published cache", "its PSNR")
+LOOP_COLUMNS = ("one loop", "skipped call", "K/T", "speedup", "of its bound", "over torch.compile")
+
+
+def caching_text(path: Path, result: dict[str, Any]) -> str:
+    """Step caching: PSNR against published caches, and loops of published shapes."""
+    facts = f"{result['environment']['name']}, torch {result['environment']['torch']}, "
+    facts += f"{result['environment']['date']}, `{path.name}`"
+    quality, rows = result["quality"][0], []
+    for claim in quality["claims"]["planned"]:
+        rival = f"{claim['best_baseline']} (K = {claim['its_full_calls']:g})"
+        cells = (f"{claim['psnr_db']:.1f} dB", rival, f"{claim['its_psnr_db']:.1f} dB")
+        rows.append(f"| {claim['budget']} of {quality['calls']} | {' | '.join(cells)} |")
+    seeds = len(quality["seeds"]["audit"])
+    title = f"**Step caching, tiny_video, mean PSNR over {seeds} fresh seeds**"
+    text = f"{title} ({facts}):\n\n{header(CACHING_COLUMNS)}\n" + "\n".join(rows) + "\n\n"
+    rows = []
+    for speed in result["speed"]:
+        share, calls = f"{speed['steps']['share']:.2%} of a full one", speed["calls"]
+        for loop in speed["loops"]:
+            if loop.get("full_calls") and "," not in loop["loop"]:
+                over = f"{loop['speedup_over_torch.compile']:.2f}x"
+                cells = (f"{loop['full_calls']}/{calls}", f"{loop['speedup_over_full']:.2f}x")
+                bound = f"{loop['share_of_bound']:.0%}"
+                rows.append(
+                    f"| {speed['title']} | {share} | {' | '.join(cells)} | {bound} | {over} |"
+                )
+    title = "**Step caching, loops of published shapes, bf16, bound T / (K + (T - K) s)**"
+    return f"{text}{title} ({facts}):\n\n{header(LOOP_COLUMNS)}\n" + "\n".join(rows) + "\n"
+
+
 def section(path: Path, result: Any) -> str | None:
     """The table of one recorded file, None for files that have none."""
     if is_bench(result):
@@ -118,6 +149,8 @@ def section(path: Path, result: Any) -> str | None:
         return models_text(path, result)
     if isinstance(result, dict) and path.stem.startswith("attention"):
         return attention_text(path, result)
+    if isinstance(result, dict) and path.stem.startswith("caching"):
+        return caching_text(path, result)
     return None
 
 
