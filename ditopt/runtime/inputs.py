@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import product
+from operator import attrgetter, mul
 from typing import Any
 
 import torch
@@ -128,10 +130,59 @@ def read_timestep(timestep: Any) -> float | None:
     """
     if not isinstance(timestep, torch.Tensor):
         return float(timestep)
-    flat = timestep.detach().reshape(-1)
-    if flat.numel() > 64:
-        flat = flat.unique()  # type: ignore[no-untyped-call]
-    values = set(flat.tolist())
+    known = None if timestep.is_cpu else kept_values(timestep)
+    if known is None:
+        flat = timestep.detach().reshape(-1)
+        if flat.numel() > 64:
+            flat = flat.unique()  # type: ignore[no-untyped-call]
+        known = flat.tolist()
+    values = set(known)
     if len(values) > 1:
         values.discard(0)
     return float(values.pop()) if len(values) == 1 else None
+
+
+# Samplers keep all timesteps of a run in one tensor and hand out views of it. Reading all of them
+# at once costs one wait for the accelerator per run in the place of one per call.
+_MOST_KEPT, _RUNS_KEPT = 4096, 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A host copy of the tensor that timesteps are views of; `lease` keeps its address its own."""
+
+    lease: StorageWeakRef
+    version: int
+    dtype: torch.dtype
+    values: list[float]
+
+    def holds(self, timestep: torch.Tensor) -> bool:
+        same = self.version == timestep._version and self.dtype == timestep.dtype
+        return same and not self.lease.expired()  # type: ignore[no-untyped-call]
+
+
+_kept: OrderedDict[int, _Kept] = OrderedDict()
+
+
+def kept_values(timestep: torch.Tensor) -> list[float] | None:
+    """The elements of a view of a larger tensor, from a host copy of that; None for other tensors.
+
+    The copy is made again once the modification counter that views share has changed.
+    """
+    if timestep.is_inference() or timestep.numel() > 64:
+        return None
+    storage, size = timestep.untyped_storage(), timestep.element_size()
+    elements = storage.nbytes() // size
+    if not timestep.numel() < elements <= _MOST_KEPT:
+        return None
+    key = storage._cdata
+    kept = _kept.get(key)
+    if kept is None or not kept.holds(timestep):
+        lease = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        everything = timestep.detach().as_strided((elements,), (1,), 0).tolist()
+        kept = _kept[key] = _Kept(lease, timestep._version, timestep.dtype, everything)
+        if len(_kept) > _RUNS_KEPT:
+            _kept.popitem(last=False)
+    offset, strides = timestep.storage_offset(), timestep.stride()
+    indices = product(*map(range, timestep.shape))
+    return [kept.values[offset + sum(map(mul, index, strides))] for index in indices]
