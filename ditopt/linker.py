@@ -16,11 +16,12 @@ from ditopt.gating import runtime_gate
 from ditopt.hoist import varying_inputs
 from ditopt.infer_layout import infer_grid, site_geometry
 from ditopt.linear_choices import linear_choices, statistics_of
+from ditopt.patterns import Hierarchical
 from ditopt.plan.schema import remainder_tensor
 from ditopt.program import Phase, ProgramBuilder
 from ditopt.report import Decision
 from ditopt.runtime import CudaGraphs, InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
-from ditopt.site_inputs import HeadChoice, Remainder, SelectorChoice
+from ditopt.site_inputs import Choice, HeadChoice, Remainder, SearchChoice, SelectorChoice
 from ditopt.stack import Stack, find_stack, unseen_inputs
 from ditopt.symbols import is_symbolic
 
@@ -188,9 +189,7 @@ class Linker:
             warnings.warn(note, DitoptWarning, stacklevel=2)
             self._decide("plan", True, note)
 
-    def _choices(
-        self, plan: Plan, phase: PlanPhase
-    ) -> dict[str, HeadChoice | SelectorChoice | str]:
+    def _choices(self, plan: Plan, phase: PlanPhase) -> dict[str, Choice | str]:
         """For each site that the plan names, its choice, or why it cannot be used here."""
         return {
             site.id: self._choice(plan, site, phase)
@@ -209,9 +208,7 @@ class Linker:
             self.record.decisions.append(Decision(site, "quantize_linears", False, reason))
         return found
 
-    def _choice(
-        self, plan: Plan, site: AttentionSite, phase: PlanPhase
-    ) -> HeadChoice | SelectorChoice | str:
+    def _choice(self, plan: Plan, site: AttentionSite, phase: PlanPhase) -> Choice | str:
         if self.captured.prefix:
             return (
                 f"a graph break makes {self.captured.prefix} a graph of its own, "
@@ -235,8 +232,11 @@ class Linker:
                 return f"the plan's side file lacks {remainder_tensor(site.id)!r}"
             remainder = Remainder(phase.remainders[site.id].phi, projection)
         place = (geometry, grid, plan.block.q, plan.block.k, plan.order, remainder)
-        if site.id in phase.selectors:
-            return SelectorChoice(phase.selectors[site.id], *place)
+        selector = phase.selectors.get(site.id)
+        if isinstance(selector, Hierarchical):
+            return SearchChoice(selector, geometry, grid, plan.order)
+        if selector is not None:
+            return SelectorChoice(selector, *place)
         return HeadChoice(tuple(phase.attention[site.id]), *place)
 
     def _grid(self, plan: Plan) -> Grid | None:

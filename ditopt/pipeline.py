@@ -27,6 +27,7 @@ from ditopt.passes.fuse_projections import FuseProjections
 from ditopt.passes.linearize_attention import LinearizeAttention
 from ditopt.passes.quantize_linears import QuantizeLinears
 from ditopt.passes.reorder_tokens import ReorderTokens
+from ditopt.passes.search_hierarchically import SearchHierarchically
 from ditopt.passes.select_blocks_online import SelectBlocksOnline
 from ditopt.passes.select_sparse_pattern import SelectSparsePattern
 from ditopt.symbols import hint, is_symbolic
@@ -45,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     SelectSparsePattern(),
     FuseHeads(),
     SelectBlocksOnline(),
+    SearchHierarchically(),
     LinearizeAttention(),
 )
 

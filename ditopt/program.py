@@ -26,6 +26,7 @@ from ditopt.passes.base import (
     BlockLists,
     ForcedBlocks,
     FusedWeight,
+    HierarchicalChoice,
     LinearOperand,
     NodeDecision,
     OnlineChoice,
@@ -38,7 +39,8 @@ from ditopt.passes.base import (
 from ditopt.pipeline import PassRunner
 from ditopt.report import Decision
 from ditopt.runtime.memo import Memo
-from ditopt.site_inputs import HeadChoice, SelectorChoice, block_input
+from ditopt.site_inputs import Choice as SiteChoice
+from ditopt.site_inputs import HeadChoice, SearchChoice, SelectorChoice, block_input
 from ditopt.sites import AttentionSite, LinearSite, instance_path
 from ditopt.stack import find_probe, find_stack
 from ditopt.stack_order import order_stack
@@ -70,7 +72,7 @@ class Phase:
         linear: at linear sites.
     """
 
-    choices: Mapping[str, HeadChoice | SelectorChoice | str] = field(default_factory=dict)
+    choices: Mapping[str, SiteChoice | str] = field(default_factory=dict)
     linear: Mapping[str, LinearRule | str] = field(default_factory=dict)
 
 
@@ -338,6 +340,7 @@ class ProgramBuilder:
     def _part(self, index: int, piece: Piece, phase: Phase) -> Part:
         sparse: dict[str, HeadChoice] = {}
         online: dict[str, SelectorChoice] = {}
+        searched: dict[str, SearchChoice] = {}
         declined: dict[str, str] = {}
         for node in piece.body.gm.graph.nodes:
             site = self._sites.get((index, node.name))
@@ -346,6 +349,8 @@ class ProgramBuilder:
                 sparse[node.name] = choice
             elif isinstance(choice, SelectorChoice):
                 online[node.name] = choice
+            elif isinstance(choice, SearchChoice):
+                searched[node.name] = choice
             elif isinstance(choice, str):
                 declined[node.name] = choice
         executors = choose_executors(piece.body.gm.graph.nodes, {**sparse, **online})
@@ -354,7 +359,7 @@ class ProgramBuilder:
             if executor.executor in DENSE:
                 del sparse[node]
         own = frozenset(k for k, slot in enumerate(piece.inputs) if self._is_own(slot))
-        choices: dict[str, HeadChoice | SelectorChoice] = {**sparse, **online}
+        choices: dict[str, SiteChoice] = {**sparse, **online, **searched}
         reordered = {
             node: f"tokens in {choice.order.kind} order around this attention: {self._why_apart}"
             for node, choice in choices.items()
@@ -363,11 +368,15 @@ class ProgramBuilder:
         remainders = {
             node: RemainderChoice(choice.remainder.phi, tuple(choice.remainder.projection.shape))
             for node, choice in choices.items()
-            if choice.remainder is not None
+            if not isinstance(choice, SearchChoice) and choice.remainder is not None
         }
         linear = self._linear_rules(index, piece, phase)
         # A selector's rule is written into the program; lists and patterns are passed in.
-        rules = frozenset((node, choice.selector) for node, choice in online.items())
+        rules = frozenset(
+            (node, choice.selector)
+            for node, choice in choices.items()
+            if not isinstance(choice, HeadChoice)
+        )
         lowered = frozenset((node, e.executor, e.dense_heads) for node, e in executors.items())
         key = (
             piece.body.key,
@@ -386,6 +395,7 @@ class ProgramBuilder:
                 index,
                 sparse,
                 online,
+                searched,
                 executors,
                 reordered,
                 declined,
@@ -415,6 +425,7 @@ class ProgramBuilder:
         index: int,
         sparse: Mapping[str, HeadChoice],
         online: Mapping[str, SelectorChoice],
+        searched: Mapping[str, SearchChoice],
         executors: Mapping[str, Choice],
         reordered: Mapping[str, str],
         declined: Mapping[str, str],
@@ -432,6 +443,10 @@ class ProgramBuilder:
             online={
                 node: self._online_choice(index, node, choice, executors[node])
                 for node, choice in online.items()
+            },
+            hierarchical={
+                node: self._hierarchical_choice(index, node, choice)
+                for node, choice in searched.items()
             },
             reordered=reordered,
             declined=declined,
@@ -498,12 +513,21 @@ class ProgramBuilder:
             rule, amount, choice.selector.minimum, *blocks, *sizes, executor.executor
         )
 
+    def _hierarchical_choice(
+        self, index: int, node: str, choice: SearchChoice
+    ) -> HierarchicalChoice:
+        site = self._sites[index, node]
+        frames, height, width = choice.grid
+        text = site.tokens_q - frames * height * width if choice.geometry.part == "grid" else 0
+        settings = (choice.selector.top_k, choice.selector.coarse)
+        return HierarchicalChoice(*settings, site.heads, site.tokens_q, text)
+
     def _extra(
         self,
         spec: Spec,
         piece: Piece,
         index: int,
-        choices: Mapping[str, HeadChoice | SelectorChoice],
+        choices: Mapping[str, SiteChoice],
     ) -> Extra:
         if isinstance(spec, SizeInput):
             sizes = evaluator(self.captured, (spec.size,))
@@ -514,13 +538,13 @@ class ProgramBuilder:
             layer = self._linears[index, spec.node].id
             return self.derived.operand(spec, piece.inputs, self._statistics.get(layer, {}))
         site = self._sites[index, spec.node]
-        if isinstance(spec, RemainderProjection):
-            remainder = choices[spec.node].remainder
-            assert remainder is not None
-            weight = remainder.projection.to(self._device, spec.dtype)
-            return lambda env: weight
+        choice = choices[spec.node]
         if isinstance(spec, TokenPermutation):
-            choice = choices[spec.node]
             return site_permutation(self.captured, site, choice, self._device, back=spec.inverse)
+        assert not isinstance(choice, SearchChoice)  # it has no other inputs
+        if isinstance(spec, RemainderProjection):
+            assert choice.remainder is not None
+            weight = choice.remainder.projection.to(self._device, spec.dtype)
+            return lambda env: weight
         part = spec.part if isinstance(spec, BlockLists) else 0
-        return block_input(self.captured, site, choices[spec.node], part, self._device)
+        return block_input(self.captured, site, choice, part, self._device)

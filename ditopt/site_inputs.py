@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ditopt.patterns import HeadPattern, Selector, block_lists, block_mask
+from ditopt.patterns import HeadPattern, Hierarchical, block_lists, block_mask
 from ditopt.patterns.blocks import real_tensors
 from ditopt.symbols import evaluator
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ditopt.capture import Captured
     from ditopt.infer_layout import Grid, SiteGeometry
+    from ditopt.patterns.selectors import PooledSelector
     from ditopt.sites import AttentionSite
     from ditopt.token_order import TokenOrder
 
@@ -54,13 +55,27 @@ class HeadChoice:
 class SelectorChoice:
     """Blocks that all heads choose from the data; the grid says what is kept whatever it scores."""
 
-    selector: Selector
+    selector: PooledSelector
     geometry: SiteGeometry
     grid: Grid
     block_q: int
     block_k: int
     order: TokenOrder | None = None
     remainder: Remainder | None = None
+
+
+@dataclass(frozen=True)
+class SearchChoice:
+    """Blocks of 16 that all heads search from coarse to fine."""
+
+    selector: Hierarchical
+    geometry: SiteGeometry
+    grid: Grid
+    order: TokenOrder | None = None
+
+
+Choice = HeadChoice | SelectorChoice | SearchChoice
+"""What a plan may choose at an attention site."""
 
 
 def block_input(

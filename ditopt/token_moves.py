@@ -21,7 +21,7 @@ from ditopt.token_order import TokenOrder, inverse, sequence_permutation
 
 if TYPE_CHECKING:
     from ditopt.capture import Captured
-    from ditopt.site_inputs import HeadChoice, SelectorChoice
+    from ditopt.site_inputs import Choice
     from ditopt.sites import AttentionSite
     from ditopt.stack_order import Dims, StackOrder
 
@@ -78,7 +78,7 @@ def _moving(
 def site_permutation(
     captured: Captured,
     site: AttentionSite,
-    choice: HeadChoice | SelectorChoice,
+    choice: Choice,
     device: torch.device,
     *,
     back: bool,

@@ -125,6 +125,20 @@ class OnlineChoice:
 
 
 @dataclass(frozen=True)
+class HierarchicalChoice:
+    """How the attention at a node searches its blocks: see `kernels.hierarchical_attention`.
+
+    `text` counts the tokens of its sequence that are not of the grid.
+    """
+
+    top_k: int
+    coarse: bool
+    heads: int
+    tokens: Any
+    text: Any
+
+
+@dataclass(frozen=True)
 class RemainderChoice:
     """Linear attention on what a sparse attention leaves out: features, shape of the projection."""
 
@@ -140,6 +154,7 @@ class PassContext:
         options: of the `torch.compile` call.
         sparse: attention nodes for which the plan asks for block-sparse attention.
         online: attention nodes that choose their blocks from the data.
+        hierarchical: the same, by a search from coarse to fine.
         reordered: attention nodes that put their tokens into the plan's order, and why they do so
             one by one.
         declined: attention nodes for which it asks in vain, with the reason.
@@ -152,6 +167,7 @@ class PassContext:
     options: Options
     sparse: Mapping[str, SparseChoice] = field(default_factory=dict)
     online: Mapping[str, OnlineChoice] = field(default_factory=dict)
+    hierarchical: Mapping[str, HierarchicalChoice] = field(default_factory=dict)
     reordered: Mapping[str, str] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
     remainders: Mapping[str, RemainderChoice] = field(default_factory=dict)

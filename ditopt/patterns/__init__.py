@@ -22,7 +22,13 @@ from ditopt.patterns.kinds import (
     Unit,
     Window,
 )
-from ditopt.patterns.selectors import PooledThreshold, PooledTopK, PooledTopP, Selector
+from ditopt.patterns.selectors import (
+    Hierarchical,
+    PooledThreshold,
+    PooledTopK,
+    PooledTopP,
+    Selector,
+)
 
 __all__ = [
     "Band",
@@ -31,6 +37,7 @@ __all__ = [
     "FrameTile",
     "GridPattern",
     "HeadPattern",
+    "Hierarchical",
     "MultiDiagonal",
     "Periodic",
     "PooledThreshold",

@@ -67,5 +67,24 @@ class PooledThreshold(_Selector):
         return "threshold", self.deviations
 
 
-Selector = Annotated[PooledTopK | PooledTopP | PooledThreshold, Field(discriminator="kind")]
+class Hierarchical(BaseModel):
+    """Blocks of 16 tokens by a search from coarse to fine (LLSA, 2512.16615), for long sequences.
+
+    Cost N log N; the plan's block sizes do not apply, and text tokens have no place in it.
+
+    Attributes:
+        top_k: blocks that are kept at each level.
+        coarse: whether pooled tokens stand for what is left out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    top_k: Literal[1, 2, 4, 8, 16] = 8
+    coarse: bool = True
+
+
+PooledSelector = PooledTopK | PooledTopP | PooledThreshold
+
+Selector = Annotated[PooledSelector | Hierarchical, Field(discriminator="kind")]
 """How an attention chooses its blocks; discriminated by `kind`, frozen and hashable."""

@@ -137,6 +137,10 @@ def check_linear_rules(phases: Sequence[Phase], linears: Sequence[LinearRecord])
                     f"phases[{number}].remainders[{site_id!r}]: the site leaves nothing out; it "
                     "stands in neither `attention` nor `selectors`"
                 )
+            if getattr(phase.selectors.get(site_id), "kind", None) == "hierarchical":
+                raise PlanError(
+                    f"phases[{number}].remainders[{site_id!r}]: a hierarchical selector has its own"
+                )
 
 
 def _check_selector(

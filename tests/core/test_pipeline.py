@@ -86,6 +86,7 @@ def test_the_shipped_order_holds() -> None:
         "select_sparse_pattern",
         "fuse_heads",
         "select_blocks_online",
+        "search_hierarchically",
         "linearize_attention",
     ]
     assert set(BACKENDS) == {"eager", "inductor"}

@@ -183,3 +183,19 @@ def test_a_linear_remainder_reads_its_projection_from_the_side_file(tmp_path: Pa
     assert not torch.allclose(sparse, projected, atol=1e-3)
     reasons = [d.reason for d in record.decisions if d.site == SITES[0] and not d.applied]
     assert "the plan's side file lacks 'remainder/blocks.0#0'" in reasons
+
+
+def test_a_compiled_model_searches_its_blocks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model().eval()
+    latent = torch.randn(1, 3, 16, 32)
+    search = {"kind": "hierarchical", "top_k": 8, "coarse": False}  # all of the 8 blocks
+    wanted = document(model, **dict.fromkeys(SITES, search))
+    run = compiled(model, tmp_path / "plan.yaml", wanted, "ditopt_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(run(latent), model(latent), rtol=0, atol=1e-5)
+    (record,) = compiled_graphs(model)
+    decisions = [d for d in record.decisions if d.rule == "search_hierarchically"]
+    assert [(d.site, d.reason) for d in decisions] == [
+        (site, "best 8 blocks at each of 1 levels") for site in SITES
+    ]
