@@ -15,7 +15,7 @@ from ditopt.caching.candidates import RULES, draw_calls, fitted, ranking_error
 from ditopt.caching.choose import Chosen, choose_by_sampling, neighbours
 from ditopt.caching.fit import fit_row, fit_rows, forecast_error
 from ditopt.caching.gram import ResidualGram
-from ditopt.caching.rows import newton_row, reuse_row, taylor_row
+from ditopt.caching.rows import foca_row, newton_row, reuse_row, taylor_row
 from ditopt.caching.schedule_search import search_schedules
 from ditopt.caching.signals import RunSignals, Signals, relative_l1
 
@@ -33,6 +33,7 @@ __all__ = [
     "fit_row",
     "fit_rows",
     "fitted",
+    "foca_row",
     "forced_calls",
     "forecast_error",
     "magcache",

@@ -1,4 +1,4 @@
-"""Forecast rows that need no data: reuse, Newton extrapolation, TaylorSeer's ladder.
+"""Forecast rows that need no data: reuse, Newton extrapolation, TaylorSeer's ladder, FoCa.
 
 A row holds the coefficients of the stored residuals, newest first, for one skip call. All rows sum
 to 1, so that a residual which does not change is reproduced.
@@ -55,3 +55,23 @@ def taylor_row(time: float, stored: Sequence[float], order: int) -> tuple[float,
         scale = ahead**i / math.factorial(i)
         row = [c + scale * d for c, d in zip(row, difference, strict=True)]
     return tuple(reversed(row))
+
+
+def foca_row(time: float, stored: Sequence[float], *, reach: float = 3.0) -> tuple[float, ...]:
+    """FoCa's forecast (arXiv 2508.16211), as cache-dit runs it, with normalised slopes.
+
+    Each call goes from the newest residual along the mean of two slopes, one between full calls and
+    one between the latest calls, forecasts included; from the fourth call on it is pulled back by
+    `reach` / calls. cache-dit takes the difference between two full calls for a slope per call.
+    Divided by their distance, as here, both slopes are that of the straight line: it is followed
+    for `reach` calls and then held.
+
+    Args:
+        time: of the skip call.
+        stored: times of the full calls so far, newest first.
+        reach: how far ahead the line is followed.
+    """
+    if len(stored) == 1:
+        return reuse_row()
+    share = min(time - stored[0], reach) / (stored[0] - stored[1])
+    return 1.0 + share, -share

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditopt.caching import newton_row, taylor_row
+from ditopt.caching import foca_row, newton_row, taylor_row
 
 # Full calls, newest first, and a later skip call; gaps are uneven.
 histories = st.lists(st.integers(0, 40), min_size=1, max_size=4, unique=True).map(
@@ -61,3 +61,13 @@ def test_taylor_row_by_hand() -> None:
     second = [1 / 4, -1 / 2, 1 / 4]
     expected = [1 + 3 / 2 + 4.5 * second[0], -3 / 2 + 4.5 * second[1], 4.5 * second[2]]
     assert taylor_row(7, [4, 2, 0], 2) == pytest.approx(expected)
+
+
+@given(histories, st.integers(1, 9))
+def test_foca_follows_the_line_and_then_holds_it(stored: list[int], ahead: int) -> None:
+    row = foca_row(stored[0] + ahead, stored)
+    assert sum(row) == pytest.approx(1.0)
+    reached = stored[0] + min(ahead, 3) if len(stored) > 1 else stored[0]
+    assert apply(row, stored, lambda t: 3.0 * t) == pytest.approx(3.0 * reached)
+    if ahead <= 3:
+        assert row == pytest.approx(newton_row(stored[0] + ahead, stored[:2]))
