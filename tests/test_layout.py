@@ -80,6 +80,6 @@ def test_the_wheel_holds_every_source_file(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("ditopt/")}
     expected = {
-        n for n in tracked if (ROOT / n).exists() and n.endswith((".py", ".typed", ".yaml"))
+        n for n in tracked if (ROOT / n).exists() and n.endswith((".py", ".typed", ".yaml", ".cpp"))
     }
     assert packed == expected

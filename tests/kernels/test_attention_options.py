@@ -381,7 +381,12 @@ def test_validate_lists_reads_partial_blocks(change: dict[str, Tensor], message:
 
 
 def test_an_implementation_that_cannot_is_refused(build_case: Build) -> None:
-    case = build_case((1, 1, 40, 40, 16, 16, 16))
-    kwargs: dict[str, Any] = {"block_q": 16, "block_k": 16, "impl": "cpu", "dropped": "mean"}
-    with pytest.raises(ValueError, match=r"^impl: 'cpu' has no gradients"):
+    case = build_case((1, 1, 40, 40, 16, 16, 16), "", torch.float32)
+    kwargs: dict[str, Any] = {"block_q": 16, "block_k": 16, "impl": "cpu"}
+    assert torch.equal(
+        api.block_sparse_attention(*case.args[:5], **kwargs, dropped="mean"),
+        api.block_sparse_attention(*case.args[:5], block_q=16, block_k=16, dropped="mean"),
+    )
+    case.q.requires_grad_()
+    with pytest.raises(ValueError, match=r"^impl: 'cpu' has no backward"):
         api.block_sparse_attention(*case.args[:5], **kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ditopt.kernels.block_sparse_attention import api, flex, ops, reference
+from ditopt.kernels.block_sparse_attention import api, cpu, cpu_native, flex, ops, reference
 
 Lists = tuple[Tensor, Tensor]
 NO_CUDA = not torch.cuda.is_available()
@@ -145,13 +145,28 @@ def test_operator_on_cpu_is_within_budget(shape: tuple[int, ...], dtype: torch.d
     assert relative_error(ops.call(*args), truth) <= error_budget(args, truth)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_a_compiler_the_cpu_gathers(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = case(shape)
+    monkeypatch.setattr(cpu_native, "_library", lambda: (None, "no compiler"))
+    assert cpu_native.reason_to_decline(args[0]) == "no compiler"
+    out = ops.call(*args)
+    assert torch.equal(out, cpu.block_sparse_attention(*args, torch.empty_like(out)))
+    truth = fp64_reference(args)
+    assert relative_error(out, truth) <= error_budget(args, truth)
+
+
 def test_full_lists_are_dense_attention() -> None:
     args = case(SHAPES[3])
     q, k, v, counts, ids, *_ = args
     counts.fill_(ids.shape[-1])
     ids.copy_(torch.arange(ids.shape[-1]))
     dense = scaled_dot_product_attention(q, k, v)
-    assert torch.equal(ops.call(*args), dense)
+    truth = scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    assert relative_error(ops.call(*args), truth) <= error_budget(args, truth)
+    assert torch.equal(cpu.block_sparse_attention(*args, ops.empty_output(q, v)), dense)
     torch.testing.assert_close(reference.block_sparse_attention(*args), dense)
 
 

@@ -47,15 +47,15 @@ _log = logging.getLogger("ditopt.kernels.block_sparse_attention")
 _reported: set[tuple[str, str]] = set()
 
 
-def _choose(q: Tensor, extended: bool, block_q: int, block_k: int, impl: Impl) -> tuple[str, str]:
+def _choose(q: Tensor, needs_grad: bool, block_q: int, block_k: int, impl: Impl) -> tuple[str, str]:
     """(the implementation to run, why not a faster one); an explicit one is never replaced."""
     if impl not in ("auto", "reference", "triton", "cpu"):
         raise ValueError(f"impl: must be auto, reference, triton or cpu, got {impl!r}")
     if impl == "reference":
         return impl, ""
     on_cpu = None if q.device.type == "cpu" else f"needs q on the CPU, got {q.device}"
-    if on_cpu is None and extended:
-        on_cpu = "has no gradients, log-sum-exp or options; impl='reference' has"
+    if on_cpu is None and needs_grad:
+        on_cpu = "has no backward; use impl='reference' for gradients"
     reasons = {"cpu": on_cpu, "triton": reason_to_decline_triton(q, block_q, block_k)}
     if impl == "auto":
         fitting = next((name for name, reason in reasons.items() if reason is None), None)
@@ -146,7 +146,7 @@ def _run(
     flags = (partial, lengths, key_bias, pooled)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     extended = need_lse or needs_grad or any(option is not None for option in flags)
-    chosen, why = _choose(q, extended, block_q, block_k, impl)
+    chosen, why = _choose(q, needs_grad, block_q, block_k, impl)
     if impl == "auto" and not torch.compiler.is_compiling():  # Dynamo traces no logging
         _report(q, chosen, why)
     lists = (kv_num_blocks, kv_indices, block_q, block_k, scale)

@@ -58,25 +58,29 @@ inline Vec exp2(Vec x) {
 }
 
 inline float sum(Vec x) {
-  float total = 0;
-  for (int i = 0; i < WIDTH; ++i) total += x[i];
-  return total;
+  float part[WIDTH];
+  store(part, x);
+  for (int n = WIDTH / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+  return part[0];
 }
 inline float largest(Vec x) {
-  float best = x[0];
-  for (int i = 1; i < WIDTH; ++i) best = std::max(best, x[i]);
-  return best;
+  float part[WIDTH];
+  store(part, x);
+  for (int n = WIDTH / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) part[i] = std::max(part[i], part[i + n]);
+  return part[0];
 }
 
-// c[ROWS][N * WIDTH] (+)= a[ROWS][depth] b[depth][PANEL]
+// c[ROWS][N * WIDTH] = a[ROWS][depth] b[depth][PANEL], plus c times factor[ROWS] under ADD
 template <int N, bool ADD>
 inline void product(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
-                    int64_t ldc) {
+                    int64_t ldc, const float* factor) {
   Vec acc[ROWS][N];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < N; ++j) acc[i][j] = ADD ? load(c + i * ldc + j * WIDTH) : Vec{};
+    for (int j = 0; j < N; ++j) acc[i][j] = ADD ? load(c + i * ldc + j * WIDTH) * all(factor[i]) : Vec{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[N];
 #pragma GCC unroll 2
@@ -98,11 +102,11 @@ inline void product(const float* a, int64_t lda, const float* b, int64_t depth, 
 // in the first cache while all rows pass.
 template <bool ADD>
 void multiply(const float* a, int64_t lda, const float* b, int64_t panel, int64_t rows,
-              int64_t depth, int64_t columns, float* c, int64_t ldc) {
+              int64_t depth, int64_t columns, float* c, int64_t ldc, const float* factor) {
   for (int64_t j = 0; j < columns; j += PANEL, b += panel)
     for (int64_t i = 0; i < rows; i += ROWS) {
-      if (columns - j > WIDTH) product<2, ADD>(a + i * lda, lda, b, depth, c + i * ldc + j, ldc);
-      else product<1, ADD>(a + i * lda, lda, b, depth, c + i * ldc + j, ldc);
+      const auto run = columns - j > WIDTH ? product<2, ADD> : product<1, ADD>;
+      run(a + i * lda, lda, b, depth, c + i * ldc + j, ldc, factor + i);
     }
 }
 
@@ -173,7 +177,7 @@ struct Task {
 
   explicit Task(const Call& call)
       : call(call), rows(0), padded(0), channels(up(call.d, WIDTH)), q(floats(TASK_ROWS * call.d)),
-        out(floats(TASK_ROWS * channels)), m(floats(TASK_ROWS)), norm(floats(TASK_ROWS)),
+        out(floats(TASK_ROWS * channels)), m(floats(TASK_ROWS)), norm(floats(TASK_ROWS * WIDTH)),
         p(floats(GROUP * CHUNK)) {}
 
   void start(const float* from, int64_t stride, int64_t count) {
@@ -182,7 +186,7 @@ struct Task {
     std::fill_n(q.get(), TASK_ROWS * call.d, 0.0f);
     std::fill_n(out.get(), TASK_ROWS * channels, 0.0f);
     std::fill_n(m.get(), TASK_ROWS, LOWEST);
-    std::fill_n(norm.get(), TASK_ROWS, 0.0f);
+    std::fill_n(norm.get(), TASK_ROWS * WIDTH, 0.0f);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t c = 0; c < call.d; ++c)
         q[i * call.d + c] = from[i * stride + c] * (call.scale * LOG2E);
@@ -194,57 +198,61 @@ struct Task {
               const int32_t* words, int64_t words_stride) {
     const int64_t columns = up(tokens, WIDTH);
     const bool masked = tokens != columns || bias || words;
+    float shift[GROUP], alpha[GROUP];
     for (int64_t base = 0; base < padded; base += GROUP) {
       const int64_t group = std::min<int64_t>(GROUP, padded - base);
-      multiply<false>(q.get() + base * call.d, call.d, packed.keys(at, first),
-                      call.d * PANEL, group, call.d, columns, p.get(), CHUNK);
+      multiply<false>(q.get() + base * call.d, call.d, packed.keys(at, first), call.d * PANEL, group,
+                      call.d, columns, p.get(), CHUNK, alpha);
+      if (masked) hide(base, group, first, tokens, columns, bias, words, words_stride);
       for (int64_t i = 0; i < group; ++i) {
-        float* row = p.get() + i * CHUNK;
-        if (masked) {
-          const int32_t* word = words ? words + (base + i) * words_stride : nullptr;
-          const bool real = base + i < rows;
-          for (int64_t t = 0; t < columns; ++t) {
-            bool seen = t < tokens && real;
-            if (seen && word) seen = (word[(first + t) / 32] >> ((first + t) % 32)) & 1;
-            const float x = seen && bias ? row[t] + bias[t] * LOG2E : row[t];
-            row[t] = seen ? std::max(x, LOWEST) : LOWEST;
-          }
-        }
+        const float* row = p.get() + i * CHUNK;
         Vec top = load(row);
         for (int64_t t = WIDTH; t < columns; t += WIDTH) top = larger(top, load(row + t));
         const float was = m[base + i], now = std::max(was, largest(top));
-        if (now <= LOWEST) {
-          for (int64_t t = 0; t < columns; t += WIDTH) store(row + t, Vec{});
-          continue;
-        }
-        Vec total = Vec{};
+        shift[i] = now > LOWEST ? now : 0;  // a row that has seen nothing yet: all weights are 0
+        alpha[i] = was - now;
+        m[base + i] = now;
+      }
+      for (int64_t i = 0; i < GROUP; i += WIDTH) store(alpha + i, exp2(load(alpha + i)));
+      for (int64_t i = 0; i < group; ++i) {
+        float* row = p.get() + i * CHUNK;
+        float* total_of_row = norm.get() + (base + i) * WIDTH;
+        Vec total = load(total_of_row) * all(alpha[i]);
         for (int64_t t = 0; t < columns; t += WIDTH) {
-          const Vec x = exp2(load(row + t) - all(now));
+          const Vec x = exp2(load(row + t) - all(shift[i]));
           total += x;
           store(row + t, x);
         }
-        m[base + i] = now;
-        if (now > was) {
-          const float alpha = exp2(all(was - now))[0];
-          norm[base + i] *= alpha;
-          float* o = out.get() + (base + i) * channels;
-          for (int64_t c = 0; c < channels; c += WIDTH) store(o + c, load(o + c) * all(alpha));
-        }
-        norm[base + i] += sum(total);
+        store(total_of_row, total);
       }
       multiply<true>(p.get(), CHUNK, packed.values(at, first), packed.block * PANEL, group, tokens,
-                     channels, out.get() + base * channels, channels);
+                     channels, out.get() + base * channels, channels, alpha);
+    }
+  }
+
+  // Biases of a group's scores, and LOWEST for pairs that do not exist.
+  void hide(int64_t base, int64_t group, int64_t first, int64_t tokens, int64_t columns,
+            const float* bias, const int32_t* words, int64_t words_stride) {
+    for (int64_t i = 0; i < group; ++i) {
+      float* row = p.get() + i * CHUNK;
+      const int32_t* word = words && base + i < rows ? words + (base + i) * words_stride : nullptr;
+      if (bias)
+        for (int64_t t = 0; t < tokens; ++t) row[t] = std::max(row[t] + bias[t] * LOG2E, LOWEST);
+      if (word)
+        for (int64_t t = 0; t < tokens; ++t)
+          row[t] = (word[(first + t) / 32] >> ((first + t) % 32)) & 1 ? row[t] : LOWEST;
+      for (int64_t t = tokens; t < columns; ++t) row[t] = LOWEST;
     }
   }
 
   void finish(float* to, int64_t stride, float* lse) {
     for (int64_t i = 0; i < rows; ++i) {
-      const float inverse = norm[i] > 0 ? 1 / norm[i] : 0;
+      const float total = sum(load(norm.get() + i * WIDTH)), inverse = total > 0 ? 1 / total : 0;
       for (int64_t c = 0; c < call.d; ++c) to[i * stride + c] = out[i * channels + c] * inverse;
       if (!lse) continue;
-      lse[i] = (m[i] + std::log2(std::max(norm[i], 1e-38f))) * LN2;
+      lse[i] = (m[i] + std::log2(std::max(total, 1e-38f))) * LN2;
       const uint32_t minus_infinity = 0xff800000u;
-      if (!(norm[i] > 0)) std::memcpy(lse + i, &minus_infinity, sizeof minus_infinity);
+      if (!(total > 0)) std::memcpy(lse + i, &minus_infinity, sizeof minus_infinity);
     }
   }
 };

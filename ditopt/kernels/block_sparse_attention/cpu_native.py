@@ -56,7 +56,7 @@ def _library() -> tuple[Any, str | None]:
     from torch._inductor.codecache import CppCodeCache
 
     try:
-        library = CppCodeCache.load(FILE.read_text())
+        library = CppCodeCache.load(FILE.read_text(), extra_flags=("-ffp-contract=fast",))
     except Exception as error:
         reason = f"the C++ kernel did not compile: {type(error).__name__}: {error}"
         _log.warning("block_sparse_attention on cpu: %s", reason)

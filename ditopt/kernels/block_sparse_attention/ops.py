@@ -1,8 +1,8 @@
 """``torch.ops.ditopt.block_sparse_attention``: schema, fake implementation, device dispatch.
 
-CPU runs `cpu`, CUDA runs `hopper` where that kernel takes the call, else `triton` (both are
-imported on the first launch, so this module needs no Triton). The output has q's shape and dtype
-and always lies in memory as [B, N_q, H, D]: what follows in a DiT,
+CPU runs `cpu_native`, where that does not compile `cpu`; CUDA runs `hopper` where that kernel takes
+the call, else `triton` (both are imported on the first launch: this module needs no Triton). The
+output has q's shape and dtype and always lies in memory as [B, N_q, H, D]: what follows in a DiT,
 ``out.transpose(1, 2).flatten(2)``, is then free. The fake says the same.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, cpu_native
 
 _NAME = "ditopt::block_sparse_attention"
 torch.library.define(
@@ -38,9 +38,11 @@ def _cpu(
     block_k: int,
     scale: float,
 ) -> Tensor:
-    return cpu.block_sparse_attention(
-        q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale, empty_output(q, v)
-    )
+    args = (q, k, v, kv_num_blocks, kv_indices, block_q, block_k, scale, empty_output(q, v))
+    if cpu_native.reason_to_decline(q) is not None:
+        return cpu.block_sparse_attention(*args)
+    cpu_native.forward(*args)
+    return args[-1]
 
 
 @torch.library.impl(_NAME, "cuda")

@@ -3,8 +3,9 @@
 `ops` has the operator that passes write: lists of full blocks in, attention out. This one also
 takes what `reference` calls optional, returns the natural-log LSE and can be differentiated; its
 backward is an operator too, so both can stand in compiled graphs. CUDA runs `triton` and
-`triton_backward` (forward without options: what `ops` runs), the CPU runs `reference`, a
-loop in Python that is there to be right; so does CUDA where `reason_to_decline_triton` says why.
+`triton_backward` (forward without options: what `ops` runs), the CPU runs `cpu_native` forward.
+The rest is `reference`, a loop in Python that is there to be right: backward on the CPU, float64,
+and what `reason_to_decline_triton` and `cpu_native.reason_to_decline` say.
 
 Outputs and gradients lie in memory as [B, N, H, D]; the LSE is contiguous, float32 (float64 for
 float64). Options travel as ten tensors or None: an operator's schema has no tuples.
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu_native, reference
 from .checks import FLOAT_DTYPES
 from .lists import Partial, Pooled
 from .ops import empty_output
@@ -67,6 +68,16 @@ def structured(options: Flat) -> Structured:
 def _gradient_like(x: Tensor) -> Tensor:
     """Uninitialised, shaped as x [B, H, N, D], in memory [B, N, H, D]."""
     return empty_output(x, x)
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if cpu_native.reason_to_decline(q) is not None:
+        return _reference(q, k, v, *rest)
+    out = empty_output(q, v)
+    structured_args: Any = (*rest[:5], out, *structured(rest[5:]))
+    lse = cpu_native.forward(q, k, v, *structured_args, return_lse=True)
+    assert lse is not None
+    return out, lse
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -136,7 +147,7 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(q.new_empty(0) if x is None else _gradient_like(x) for x in (q, k, v, *extra))
 
 
-torch.library.impl(_NAME, "cpu", _reference)
+torch.library.impl(_NAME, "cpu", _cpu)
 torch.library.impl(_NAME, "cuda", _cuda)
 torch.library.register_fake(_NAME, _fake)
 torch.library.impl(_BACKWARD, "cpu", _reference_backward)
