@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from ditopt.runtime.schedule import StepSchedule
@@ -46,3 +49,23 @@ def polynomial(call: int, newest: list[int]) -> Sources:
         if math.fsum(map(abs, row)) <= MAX_GAIN:
             break
     return tuple(zip(newest, row, strict=False))
+
+
+class Rows:
+    """Coefficients as tensors, each copied to a device once."""
+
+    def __init__(self, schedule: StepSchedule) -> None:
+        planned = (tuple(c for _, c in sources) for sources in schedule.sources)
+        self._planned = tuple(dict.fromkeys(row for row in planned if row))
+        self._rows: dict[tuple[Any, ...], Tensor] = {}
+
+    def like(self, residual: Tensor, row: tuple[float, ...]) -> Tensor:
+        """[k] a row on a residual's device, in fp32 (fp64 for fp64 residuals)."""
+        where = residual.device, torch.promote_types(residual.dtype, torch.float32)
+        if (*where, row) not in self._rows:
+            # With the first one all that the plan foresees: no later call waits for a copy.
+            missing = [r for r in {*self._planned, row} if (*where, r) not in self._rows]
+            flat = torch.tensor([c for r in missing for c in r], dtype=where[1]).to(where[0])
+            parts = flat.split_with_sizes([len(r) for r in missing])
+            self._rows.update({(*where, r): part for r, part in zip(missing, parts, strict=True)})
+        return self._rows[*where, row]

@@ -11,15 +11,12 @@ from functools import lru_cache, partial
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from ditopt.errors import PlanError
 from ditopt.runtime.counters import Artifact, activate
 from ditopt.runtime.doubts import Doubt
 from ditopt.runtime.forecast import forecast
 from ditopt.runtime.gate import read
-from ditopt.runtime.history import sources_of
+from ditopt.runtime.history import Rows, sources_of
 from ditopt.runtime.programs import (
     Forecast,
     Full,
@@ -34,6 +31,8 @@ from ditopt.runtime.programs import (
 from ditopt.runtime.static_inputs import Hold
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ditopt.runtime.cuda_graphs import CudaGraphs
     from ditopt.runtime.history import Sources
     from ditopt.runtime.schedule import StepSchedule
@@ -83,7 +82,7 @@ class StepRuntime:
         self.artifact.on_invalidate(tracker.clear)
         self._schedule = schedule
         self._scope = next(_scopes)
-        self._rows: dict[tuple[Any, ...], Tensor] = {}
+        self._rows = Rows(schedule)
 
     def __call__(self, *inputs: Any) -> Any:
         """One call of the model, with the arguments of the captured graph in order."""
@@ -240,22 +239,7 @@ class StepRuntime:
         history: list[Tensors] = [step.branch.residuals[source] for source, _ in sources]
         many = len(self.programs.base)
         coefficients = tuple(coefficient for _, coefficient in sources)
-        return history, [self._row(coefficients, residual) for residual in history[0][:many]]
-
-    def _row(self, coefficients: tuple[float, ...], residual: Tensor) -> Tensor:
-        """[k] coefficients on a residual's device, copied there once."""
-        dtype = torch.promote_types(residual.dtype, torch.float32)
-        key = residual.device, dtype, coefficients
-        if key not in self._rows:
-            # With the first one all that the plan foresees: later calls need not wait for a copy.
-            table = [tuple(c for _, c in sources) for sources in self._schedule.sources]
-            table = [row for row in {coefficients, *table} if (*key[:2], row) not in self._rows]
-            flat = torch.tensor([c for row in table for c in row], dtype=dtype).to(residual.device)
-            for row, values in zip(
-                table, flat.split_with_sizes([len(row) for row in table]), strict=True
-            ):
-                self._rows[residual.device, dtype, row] = values
-        return self._rows[key]
+        return history, [self._rows.like(residual, coefficients) for residual in history[0][:many]]
 
     def _keep(self, step: Step, stored: tuple[Tensor, ...] | None) -> None:
         """Store a full call's residual and let go of those that no later call reads."""
