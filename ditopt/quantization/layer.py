@@ -10,7 +10,10 @@ from torch import Tensor
 
 from ditopt.errors import WeightError
 from ditopt.quantization import transforms
+from ditopt.quantization.codebook import Codebook
+from ditopt.quantization.int4_group import Int4Group
 from ditopt.quantization.rowwise import FP8_ROW, INT8_ROW, RowFormat
+from ditopt.quantization.twin_log import TwinLog
 
 if TYPE_CHECKING:
     from ditopt.quantization.rule import LinearRule
@@ -21,9 +24,15 @@ Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class StoredFormat(Protocol):
-    """A format of the weight alone."""
+    """A format of the weight alone.
+
+    Attributes:
+        name: as in a plan.
+        multiple: what K must be a multiple of.
+    """
 
     name: str
+    multiple: int
 
     def parts(self, n: int, k: int) -> Parts:
         """Shape and dtype of what `encode` gives for a weight [N, K]."""
@@ -36,7 +45,7 @@ class StoredFormat(Protocol):
 
 
 ROW_FORMATS: dict[str, RowFormat] = {f.name: f for f in (FP8_ROW, INT8_ROW)}
-STORED_FORMATS: dict[str, StoredFormat] = {}
+STORED_FORMATS: dict[str, StoredFormat] = {f.name: f for f in (Int4Group(), TwinLog(), Codebook())}
 
 
 def operands(rule: LinearRule, n: int, k: int, dtype: torch.dtype) -> Parts:

@@ -37,6 +37,8 @@ def refused_shape(
     format_name: str, device: torch.device, rows: Any, k: int, n: int, dtype: torch.dtype
 ) -> str | None:
     """Why the device's product of the format does not take a layer [rows, K] x [K, N], or None."""
+    if format_name == "int8_row" and device.type == "cpu" and k == 1:
+        return "K = 1: torch's integer product on the CPU gives zeros"
     if format_name not in _STEP or device.type != "cuda":
         return None
     step = _STEP[format_name]

@@ -1,0 +1,90 @@
+"""2-bit weights as in VQ4DiT (arXiv 2408.17131): four neighbours along K share one of 256 codewords.
+
+The codebook is the k-means solution over the rows' pieces, each row divided by its root mean square
+first, which costs 16 bits a row and spares codewords. Seeds are drawn as k-means++ does. The
+paper's calibration of assignments on the denoiser's own trajectory is not done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+_WORDS, _WIDTH = 256, 4
+_ITERATIONS = 25
+_SAMPLE = 1 << 15
+_CHUNK = 1 << 18
+
+
+class Codebook:
+    """See the module."""
+
+    name = "codebook"
+    multiple = _WIDTH
+
+    def parts(self, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Indices [N, K / 4], the codebook [256, 4], a scale for each row [N, 1]."""
+        return {
+            "codes": ((n, k // _WIDTH), torch.uint8),
+            "words": ((_WORDS, _WIDTH), torch.float16),
+            "scale": ((n, 1), torch.float16),
+        }
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """From [N, K] float32; K is a multiple of 4."""
+        n, k = weight.shape
+        scale = weight.square().mean(1, keepdim=True).sqrt().half().clamp(min=6e-8)
+        pieces = (weight / scale.float()).reshape(-1, _WIDTH)
+        words = _k_means(pieces).half()
+        return {
+            "codes": _nearest(pieces, words.float()).to(torch.uint8).reshape(n, k // _WIDTH),
+            "words": words,
+            "scale": scale,
+        }
+
+    def decode(self, parts: Mapping[str, Any], n: int, k: int, out: torch.dtype) -> Any:
+        """The weight [N, K]."""
+        indices = aten.to.dtype(parts["codes"], torch.int64)
+        pieces = aten.index.Tensor(parts["words"], [indices])
+        rows = aten.to.dtype(aten.reshape.default(pieces, [n, k]), torch.float32)
+        scale = aten.to.dtype(parts["scale"], torch.float32)
+        return aten.to.dtype(aten.mul.Tensor(rows, scale), out)
+
+
+def _k_means(pieces: Tensor) -> Tensor:
+    """[256, 4] codewords; the same for the same pieces."""
+    draw = torch.Generator().manual_seed(0)
+    if len(pieces) > _SAMPLE:
+        chosen = torch.randperm(len(pieces), generator=draw)[:_SAMPLE]
+        pieces = pieces[chosen.to(pieces.device)]
+    words = _seeds(pieces, draw)
+    for _ in range(_ITERATIONS):
+        nearest = _nearest(pieces, words)
+        total = torch.zeros_like(words).index_add_(0, nearest, pieces)
+        count = torch.bincount(nearest, minlength=_WORDS)[:, None]
+        words = torch.where(count > 0, total / count.clamp(min=1), words)
+    return words
+
+
+def _seeds(pieces: Tensor, draw: torch.Generator) -> Tensor:
+    """k-means++: each next word is a piece, drawn by its squared distance to the words so far."""
+    words = pieces[torch.zeros(1, dtype=torch.long, device=pieces.device)]
+    distance = (pieces - words).square().sum(1)
+    for _ in range(_WORDS - 1):
+        mass = distance.cumsum(0)
+        target = torch.rand(1, generator=draw).to(mass) * mass[-1]
+        picked = torch.searchsorted(mass, target).clamp(max=len(pieces) - 1)
+        words = torch.cat([words, pieces[picked]])
+        distance = torch.minimum(distance, (pieces - pieces[picked]).square().sum(1))
+    return words
+
+
+def _nearest(pieces: Tensor, words: Tensor) -> Tensor:
+    """Index of the nearest word for each piece."""
+    half = words.square().sum(1) / 2
+    return torch.cat([(part @ words.T - half).argmax(1) for part in pieces.split(_CHUNK)])
