@@ -3,6 +3,8 @@
     ditopt.profile(workload, "prof/")                          # measure every site, offline
     ditopt.search("prof/", min_psnr_db=30.0, out="plan.yaml")  # the fastest plan that meets a goal
     torch.compile(model, backend="ditopt", options={"plan": "plan.yaml"})  # apply it
+    ditopt.export(workload, "engine/", "plan.yaml")            # or take it to another process:
+    ditopt.Engine.load("engine/")                              # called as the model is
 
 Public names load on first use: `import ditopt` imports neither torch nor any optional package.
 """
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditopt.bench import bench as bench
+    from ditopt.export.engine import Engine as Engine
+    from ditopt.export.run import export as export
     from ditopt.inspection import explain as explain
     from ditopt.plan import Plan as Plan
     from ditopt.profiling import profile as profile
@@ -28,10 +32,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Engine": "ditopt.export.engine",
     "Plan": "ditopt.plan",
     "Workload": "ditopt.workload",
     "bench": "ditopt.bench",
     "explain": "ditopt.inspection",
+    "export": "ditopt.export.run",
     "invalidate": "ditopt.runtime",
     "profile": "ditopt.profiling",
     "search": "ditopt.search",

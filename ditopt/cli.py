@@ -1,4 +1,4 @@
-"""The command line: inspect, profile, plan, explain, bench, demo.
+"""The command line: inspect, profile, plan, explain, export, run, bench, demo.
 
 Every command prints a table; `--json PATH` writes the same as JSON (`-` for standard output, and
 then nothing else goes there). Bad input ends with one line that says what is wrong, and code 2.
@@ -55,6 +55,14 @@ JsonPath = Annotated[
     ),
 ]
 PlanPath = Annotated[Path, typer.Option("--plan", metavar="FILE", help="The plan to apply.")]
+EnginePath = Annotated[
+    Path | None,
+    typer.Option("--engine", metavar="DIR", help="An engine that `ditopt export` wrote."),
+]
+Sha256 = Annotated[
+    str | None,
+    typer.Option("--expect-sha256", metavar="HEX", help="sha256 of the engine's manifest."),
+]
 MinPsnr = Annotated[
     float | None, typer.Option("--min-psnr", metavar="DB", help="Quality to keep, mean PSNR in dB.")
 ]
@@ -140,26 +148,87 @@ def explain(workload: WorkloadSpec, plan: PlanPath, json_path: JsonPath = None) 
 
 
 @app.command()
+def export(
+    workload: WorkloadSpec,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="The plan to build in.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="pt2, onnx or tensorrt.")
+    ] = "pt2",
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Which denoiser, of several.")
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option("--opset", metavar="N", help="Of an ONNX model; 23 unless told.")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Write the model, with its plan, as an engine: a folder that another process runs."""
+    from ditopt.export.report import export_table
+    from ditopt.export.run import export as write
+    from ditopt.workload import load_workload
+
+    loaded, options = load_workload(workload), {} if opset is None else {"opset": opset}
+    with terminal_progress() as progress:
+        report = write(
+            loaded, out, plan, format=format, model=model, options=options, progress=progress
+        )
+    _show(export_table(report), report.to_json(), json_path)
+
+
+@app.command()
+def run(
+    workload: WorkloadSpec,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="png or gif to write.", callback=_can_be_written
+        ),
+    ],
+    engine: EnginePath = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the sampling loop.")] = 0,
+    expect_sha256: Sha256 = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Sample once, with an engine in the model's place or with the model itself; draw it."""
+    from ditopt.export.sample import sample_to_file
+    from ditopt.workload import load_workload
+
+    loaded = load_workload(workload)
+    with terminal_progress() as progress:
+        progress("sampling", 0, 1)
+        result = sample_to_file(loaded, engine, out, seed=seed, expect_sha256=expect_sha256)
+    _show(f"Seed {seed} in {result['ms']:.0f} ms, written to {out}.", result, json_path)
+
+
+@app.command()
 def bench(
     workload: WorkloadSpec,
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Adds the variant ditopt+plan.")
     ] = None,
+    engine: EnginePath = None,
     seeds: Annotated[
         int | None,
         typer.Option("--seeds", metavar="N", help="Rounds; by default the plan's audit seeds."),
     ] = None,
+    expect_sha256: Sha256 = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure eager, torch.compile, ditopt and ditopt with the plan side by side."""
+    """Measure eager, torch.compile, ditopt, ditopt with the plan and an engine side by side."""
     from ditopt.bench import FIRST_SEED
     from ditopt.bench import bench as measure
+    from ditopt.export.sample import bench_variants
     from ditopt.tables import bench_table
     from ditopt.workload import load_workload
 
     chosen = None if seeds is None else range(FIRST_SEED, FIRST_SEED + seeds)
+    loaded = load_workload(workload)
+    variants = None if engine is None else bench_variants(loaded, plan, engine, expect_sha256)
     with terminal_progress() as progress:
-        result = measure(load_workload(workload), plan, seeds=chosen, progress=progress)
+        result = measure(loaded, plan, seeds=chosen, variants=variants, progress=progress)
     _show(bench_table(result), result.to_json(), json_path)
     result.check()
 

@@ -56,3 +56,32 @@ def write_comparison(path: str | Path, rows: Mapping[str, Frames]) -> None:
             sheet.paste(picture, (column * cell_width + _MARGIN, top + _CAPTION))
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
+
+
+def write_frames(path: str | Path, frames: Frames) -> None:
+    """Write a result as a GIF (every frame) or a PNG (the only frame, or some side by side).
+
+    Args:
+        path: file that ends with `.gif` or `.png`, written atomically.
+        frames: uint8 [F, H, W, 3].
+
+    Raises:
+        WorkloadError: another kind of file.
+        FileError: the file cannot be written.
+    """
+    kind = Path(path).suffix.lower()
+    if kind == ".png" and len(frames) > 1:
+        write_comparison(path, {"": frames})
+        return
+    if kind not in (".png", ".gif"):
+        raise WorkloadError(
+            f"cannot draw a {kind or 'file without an ending'}", remedy="Name a .png or a .gif."
+        )
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    with atomic_path(path) as temporary:
+        if kind == ".png":
+            first.save(temporary, format="PNG")
+        else:
+            first.save(
+                temporary, format="GIF", save_all=True, append_images=rest, duration=100, loop=0
+            )

@@ -19,6 +19,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from ditopt.backends.aoti import AotiExporter
 from ditopt.backends.eager import EagerBackend
 from ditopt.backends.inductor import InductorBackend
+from ditopt.backends.onnx import OnnxExporter
 from ditopt.errors import BackendUnavailable, CaptureError, ConfigError, did_you_mean
 from ditopt.files import write_text
 from ditopt.graph import fake_value, output_nodes, placeholders, readable, verify
@@ -51,7 +52,7 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 BACKENDS: dict[str, Backend] = {"eager": EagerBackend(), "inductor": InductorBackend()}
-EXPORTERS: dict[str, Exporter] = {"pt2": AotiExporter()}
+EXPORTERS: dict[str, Exporter] = {"pt2": AotiExporter(), "onnx": OnnxExporter()}
 
 
 def exporter(name: str) -> Exporter:
@@ -224,7 +225,7 @@ def _restrided(graph: fx.Graph, node: fx.Node, wanted: tuple[Any, ...]) -> fx.No
         order = sorted(range(len(sizes)), key=lambda axis: -hint(strides[axis]))
         inverse = [order.index(axis) for axis in range(len(sizes))]
         ordered = graph.call_function(aten.permute.default, (node, order))
-        memory = {"memory_format": torch.contiguous_format}
+        memory: dict[str, Any] = {"memory_format": torch.contiguous_format}
         dense = graph.call_function(aten.clone.default, (ordered,), memory)
         return graph.call_function(aten.permute.default, (dense, inverse))
     empty = graph.call_function(

@@ -27,6 +27,8 @@ class AotiExporter:
 
     format = "pt2"
     suffix = ".pt2"
+    holds_weights = False
+    keeps_strides = True
 
     def available(self) -> str | None:
         """AOTInductor ships with torch; it says itself if it lacks a compiler."""

@@ -19,10 +19,14 @@ class Exporter(Protocol):
     Attributes:
         format: name of the engine format.
         suffix: of the program files.
+        holds_weights: whether weights are inside a program, so that two cannot share them.
+        keeps_strides: whether tensors cross its border with any strides, or row-major only.
     """
 
     format: str
     suffix: str
+    holds_weights: bool
+    keeps_strides: bool
 
     def available(self) -> str | None:
         """None when usable, else the reason and the remedy."""

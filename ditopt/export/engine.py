@@ -10,17 +10,19 @@ not that it is honest; `expect_sha256` pins the very manifest that you know.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ditopt import fingerprint
 from ditopt.assembly import BoundPiece, assemble, function_of
 from ditopt.capture import Captured, Input
-from ditopt.errors import EngineError
+from ditopt.errors import DitoptWarning, EngineError
 from ditopt.export.bundle import check_files, load_tensors, read_manifest
 from ditopt.export.manifest import PLAN, Manifest
 from ditopt.export.native import Native, checked, load_native, with_weights
@@ -88,11 +90,6 @@ class Engine:
         """
         folder = Path(path)
         manifest = read_manifest(folder, expect_sha256)
-        if manifest.format != "pt2":
-            raise EngineError(
-                f"format: an engine in the format {manifest.format} is run by its own runtime",
-                remedy="Load its model file with onnxruntime or build it with trtexec.",
-            )
         _check_environment(manifest)
         check_files(folder, manifest)
         device = torch.device(manifest.device)
@@ -124,6 +121,10 @@ class Engine:
     def buffers(self) -> Iterator[Tensor]:
         """None: everything stored counts as a parameter."""
         return iter(())
+
+    def modules(self) -> Iterator[Any]:
+        """Itself, for code that walks through a model."""
+        yield self
 
     def eval(self) -> Engine:
         """Itself; an engine only infers."""
@@ -200,6 +201,23 @@ class Engine:
         runtime.artifact.own(self._tensors.values())
         return runtime
 
+    def stand_for(self, module: nn.Module) -> bool:
+        """Take the place of a workload's denoiser; `ditopt.stats(module)` then counts its calls.
+
+        Returns:
+            Whether the engine was made from a model of this architecture.
+        """
+        if fingerprint.architecture(module) != self.manifest.architecture:
+            return False
+        if fingerprint.weights(module) != self.manifest.weights:
+            warnings.warn(
+                "the engine was exported from other weights than the workload's model has",
+                DitoptWarning,
+                stacklevel=2,
+            )
+        self._runtime.artifact.own(module.parameters())
+        return True
+
     def _programs(self) -> Programs:
         wiring, inputs = self.manifest.wiring, self.manifest.call.inputs
         names = [item.name for item in inputs]
@@ -241,6 +259,13 @@ class Engine:
 
 
 def _check_environment(manifest: Manifest) -> None:
+    if manifest.format == "onnx":
+        if manifest.device != "cpu":
+            raise EngineError(
+                "device: here ONNX models run on the CPU, this one takes its inputs elsewhere",
+                remedy="Run it in a runtime of that device, or export to pt2.",
+            )
+        return  # a portable file
     made, here = str(manifest.environment.get("torch")), str(torch.__version__)
     if made.split(".")[:2] != here.split(".")[:2]:
         raise EngineError(

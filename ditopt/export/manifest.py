@@ -37,7 +37,7 @@ class Manifest(BaseModel):
 
     Attributes:
         ditopt_engine: version of this schema.
-        format: `pt2`, or `onnx`, whose programs other runtimes run.
+        format: `pt2`, or `onnx`, whose programs hold their weights and run in other runtimes.
         name: the model's class.
         architecture, weights: fingerprints of the model, as in a plan.
         plan: sha256 of the plan's text; null without a plan.
@@ -133,8 +133,7 @@ def _check(manifest: Manifest) -> None:
             f"{_tensors_in(manifest.call.result)} tensors in call.result",
             remedy=_REMEDY,
         )
-    if manifest.format == "pt2":
-        _WiringCheck(manifest).run()
+    _WiringCheck(manifest).run()
 
 
 def _check_result(part: Any, field: str, depth: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditopt.errors import EngineError
+from ditopt.errors import BackendUnavailable, EngineError
 from ditopt.export.schema import Program, Step, TensorSpec
 
 Native = Callable[[list[Tensor]], list[Tensor]]
@@ -17,11 +17,14 @@ Native = Callable[[list[Tensor]], list[Tensor]]
 
 
 def load_native(path: Path) -> Native:
-    """A program that AOTInductor has compiled.
+    """A program of AOTInductor, or an ONNX model in onnxruntime.
 
     Raises:
         EngineError: the runtime refuses the file.
+        BackendUnavailable: onnxruntime is not installed.
     """
+    if path.suffix == ".onnx":
+        return _load_onnx(path)
     try:
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
     except (RuntimeError, OSError) as error:
@@ -31,6 +34,28 @@ def load_native(path: Path) -> Native:
             remedy="Export the engine anew on this machine and with this version of torch.",
         ) from error
     run: Native = loader.boxed_run
+    return run
+
+
+def _load_onnx(path: Path) -> Native:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailable(
+            "this engine runs in onnxruntime, which is not installed",
+            remedy="pip install 'ditopt[onnx]'",
+        ) from error
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has an exception type per status code
+        lines = str(error).strip().splitlines() or [""]
+        raise EngineError(f"{path.name}: onnxruntime refuses this model: {lines[0]}") from error
+    names = [item.name for item in session.get_inputs()]
+
+    def run(arguments: list[Tensor]) -> list[Tensor]:
+        fed = {n: a.contiguous().numpy() for n, a in zip(names, arguments, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, fed)]
+
     return run
 
 

@@ -59,14 +59,11 @@ class CallLog:
 
 
 def _detached(value: Any) -> Any:
-    """A copy with the same strides, outside of inference mode and autograd."""
+    """A copy outside of inference mode and autograd; it keeps the strides of dense tensors."""
     if not isinstance(value, Tensor):
         return value
     with torch.inference_mode(False), torch.no_grad():
-        copy = torch.empty_strided(
-            value.shape, value.stride(), dtype=value.dtype, device=value.device
-        )
-        return copy.copy_(value)
+        return value.detach().clone()
 
 
 def record(

@@ -18,6 +18,7 @@ from ditopt.config import Options
 from ditopt.environment import describe_environment
 from ditopt.errors import EngineError, VerificationError
 from ditopt.export.bundle import new_folder, record_files, save_tensors
+from ditopt.export.compose import compose_sections
 from ditopt.export.door import Exported, export_model
 from ditopt.export.engine import Engine
 from ditopt.export.manifest import MANIFEST, PLAN, Manifest
@@ -34,6 +35,7 @@ from ditopt.progress import Progress, silent
 from ditopt.torch_backend import Compiled
 
 if TYPE_CHECKING:
+    from ditopt.backends.base import Exporter
     from ditopt.report import Decision
     from ditopt.runtime import StepSchedule
     from ditopt.workload import Workload
@@ -132,13 +134,13 @@ def export(
     progress("exporting the graph", 1, 4)
     exported = export_model(module, calls)
     with new_folder(Path(out)) as folder:
-        linked = _link(exported, module, chosen, options)
+        linked = _link(exported, module, chosen, options, backend.holds_weights)
         seconds["capture"] = time.perf_counter() - started
         started = time.perf_counter()
         notes, programs = _write_programs(backend, linked.wired, folder, options or {}, progress)
         seconds["compile"] = time.perf_counter() - started
         started = time.perf_counter()
-        manifest = _manifest(module, exported, linked, chosen, calls[0], programs, format)
+        manifest = _manifest(module, exported, linked, chosen, calls[0], programs, backend)
         _write_rest(folder, manifest, linked.wired, chosen)
         text = (folder / MANIFEST).read_bytes()
         progress("comparing the engine with the model", 3, 4)
@@ -204,9 +206,16 @@ class _Linked:
 
 
 def _link(
-    exported: Exported, module: nn.Module, plan: Plan | None, options: Mapping[str, Any] | None
+    exported: Exported,
+    module: nn.Module,
+    plan: Plan | None,
+    options: Mapping[str, Any] | None,
+    holds_weights: bool,
 ) -> _Linked:
-    """Passes and programs as `torch.compile` would make them."""
+    """Passes and programs as `torch.compile` would make them.
+
+    A format whose programs hold their weights gets few of them: nothing is kept between calls.
+    """
     from ditopt.sites import find_sites
 
     if plan is not None and plan.cache is not None and getattr(plan.cache, "gate", None):
@@ -216,18 +225,21 @@ def _link(
         )
     record = Compiled(root=lambda: module)
     record.attention, record.linear = find_sites(exported.captured)
-    settings = Options.parse({"plan": plan, "inductor": dict(options or {})}, {})
+    given = {"plan": plan, "inductor": dict(options or {}), "hoist": not holds_weights}
+    settings = Options.parse(given, {})
     linker = Linker(exported.captured, exported.values, record, settings, module)
     linker.link(RecordingBackend())
     assert linker.builder is not None
     wired = Wirer(linker.builder, exported.values).run()
+    if holds_weights:
+        wired = compose_sections(wired)
     cached = wired.wiring.stack is not None and plan is not None and plan.cache is not None
     schedule = plan_schedule(plan, None, cached=cached) if plan is not None else None
     return _Linked(wired, schedule, cached, record.decisions)
 
 
 def _write_programs(
-    backend: Any, wired: Wired, folder: Path, options: Mapping[str, Any], progress: Progress
+    backend: Exporter, wired: Wired, folder: Path, options: Mapping[str, Any], progress: Progress
 ) -> tuple[list[str], list[Program]]:
     (folder / "programs").mkdir()
     notes: dict[str, None] = {}
@@ -237,6 +249,9 @@ def _write_programs(
         name = f"programs/{number}{backend.suffix}"
         notes.update(dict.fromkeys(backend.export(gm, folder / name, options)))
         inputs, outputs = specs_of(gm)
+        if not backend.keeps_strides:
+            inputs = tuple(spec.packed() for spec in inputs)
+            outputs = tuple(spec.packed() for spec in outputs)
         programs.append(Program(file=name, inputs=inputs, outputs=outputs))
     return list(notes), programs
 
@@ -248,7 +263,7 @@ def _manifest(
     plan: Plan | None,
     call: RecordedCall,
     programs: Sequence[Program],
-    format: str,
+    backend: Exporter,
 ) -> Manifest:
     captured, wired = exported.captured, linked.wired
     users = {item.name: k for k, item in enumerate(captured.inputs) if item.role == "user"}
@@ -257,7 +272,7 @@ def _manifest(
     if first.device.type == "cuda":
         environment["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
     return Manifest(
-        format=format,
+        format=backend.format,
         name=type(module).__name__,
         architecture=fingerprint.architecture(module),
         weights=fingerprint.weights(module),
@@ -270,7 +285,8 @@ def _manifest(
         call=Call(
             parameters=_parameters(module),
             inputs=tuple(
-                InputSpec(name=name, spec=TensorSpec.of(exported.leaves[name])) for name in users
+                InputSpec(name=name, spec=_input_spec(exported.leaves[name], backend))
+                for name in users
             ),
             fixed=_fixed(exported.leaves),
             result=describe_result(call.result)[0],
@@ -281,6 +297,11 @@ def _manifest(
         schedule=_short_schedule(linked.schedule),
         files={},
     )
+
+
+def _input_spec(value: Tensor, backend: Exporter) -> TensorSpec:
+    spec = TensorSpec.of(value)
+    return spec if backend.keeps_strides else spec.packed()
 
 
 def _parameters(module: nn.Module) -> tuple[Parameter, ...]:

@@ -79,6 +79,14 @@ class TensorSpec(_Part):
             device="cuda" if value.device.type == "cuda" else "cpu",
         )
 
+    def packed(self) -> TensorSpec:
+        """The same without gaps, in row-major order."""
+        stride, step = [], 1
+        for size in reversed(self.shape):
+            stride.append(step)
+            step *= max(size, 1)
+        return self.model_copy(update={"stride": tuple(reversed(stride))})
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype itself."""

@@ -1,0 +1,126 @@
+"""Write a graph as an ONNX model that onnx.checker and onnxruntime accept.
+
+From opset 23 on attention stays one `Attention` node and RMS norm one `RMSNormalization`, which
+runtimes have fast kernels for; a lower opset writes them out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ditopt.backends.onnx_rewrites import Pair, Rewriting
+from ditopt.errors import EngineError
+from ditopt.graph import fake_value, placeholders
+
+OPSET = 23
+"""The first one with Attention and RMSNormalization."""
+
+LOWEST_OPSET = 18
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+class OnnxExporter:
+    """ONNX models, their weights in a file beside them."""
+
+    format = "onnx"
+    suffix = ".onnx"
+    holds_weights = True
+    keeps_strides = False
+
+    def available(self) -> str | None:
+        """None when the three packages are installed."""
+        missing = [name for name in _PACKAGES if find_spec(name) is None]
+        if not missing:
+            return None
+        return f"ONNX needs {', '.join(missing)}: pip install 'ditopt[onnx]'"
+
+    def export(self, gm: fx.GraphModule, path: Path, options: Mapping[str, Any]) -> list[str]:
+        """Write `gm`, whose attributes are the weights, and check the file.
+
+        Args:
+            gm: its placeholders are the model's inputs, tensors alone, of fixed shapes.
+            path: file to write; weights go to `<path>.data`.
+            options: `opset`.
+
+        Raises:
+            EngineError: something has no counterpart in ONNX, or the checker refuses the file.
+        """
+        opset = int(options.get("opset", OPSET))
+        if opset < LOWEST_OPSET:
+            raise EngineError(f"opset {opset} is too old, the lowest is {LOWEST_OPSET}")
+        sparse = any("block_sparse_attention" in str(node.target) for node in gm.graph.nodes)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            examples = tuple(
+                torch.empty_strided(tuple(v.shape), v.stride(), dtype=v.dtype, device=v.device)
+                for v in map(fake_value, placeholders(gm))
+            )
+        names = [node.name for node in placeholders(gm)]
+        with torch.no_grad(), _quietly():
+            program = torch.export.export(_Rewritten(gm), examples)
+            torch.onnx.export(
+                program, f=str(path), dynamo=True, opset_version=opset, external_data=True,
+                input_names=names, verbose=False,
+            )  # fmt: skip
+        _check(path)
+        return ["block lists became masks: exact, but as slow as dense"] if sparse else []
+
+
+class _Rewritten(nn.Module):
+    """A graph with `onnx_rewrites` applied; complex weights are kept as real pairs."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__()
+        self._gm = gm
+        self._complex: list[tuple[str, str]] = []
+        for name, value in list(gm.named_buffers()):
+            if value.is_complex():
+                own = f"pair_{len(self._complex)}"
+                self.register_buffer(own, torch.view_as_real(value).clone())
+                self._complex.append((name, own))
+        for name, _ in self._complex:
+            delattr(gm, name)
+
+    def forward(self, *args: Tensor) -> Any:
+        pairs = {}
+        for name, own in self._complex:
+            both = getattr(self, own)
+            pairs[name] = Pair(both[..., 0], both[..., 1])
+        return Rewriting(self._gm, pairs).run(*args)
+
+
+def _check(path: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=False)
+    except onnx.checker.ValidationError as error:
+        lines = str(error).strip().splitlines()
+        raise EngineError(f"onnx.checker refuses {path.name}: {lines[0]}") from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """torch.onnx tells its progress on standard output, where JSON may go."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
