@@ -85,6 +85,8 @@ class SamplingVerifier:
     def schedule_psnr_db(self, schedule: CacheSchedule, seed: int) -> float:
         """One sample with this cache schedule and dense attention; all share one compilation."""
         if self._exchangeable is None:
+            # Dynamo keeps a few compiled variants of one function and then runs it eagerly.
+            torch.compiler.reset()
             model = only_model(self._workload)
             self._exchangeable = ExchangeableModel(model, every_second_call(self._profile))
         self._exchangeable.use(schedule)

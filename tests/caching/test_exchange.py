@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,12 @@ import ditopt
 from ditopt import fingerprint
 from ditopt.caching import CacheSchedule
 from ditopt.errors import PlanError
+from ditopt.metrics import psnr
 from ditopt.plan import Hardware, ModelRecord, Phase, Plan, Sampler, SiteRecord
+from ditopt.profiling.schema import Profile
+from ditopt.search import verify
 from ditopt.search.exchange import ExchangeableModel, cache_section
+from ditopt.workload import Workload
 
 CALLS = 6
 
@@ -40,6 +45,11 @@ class Blocks(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch.compiler.reset()  # it compiles one function a few times only
 
 
 def schedule(*full: int) -> CacheSchedule:
@@ -128,3 +138,41 @@ def test_a_model_without_a_block_stack_is_refused() -> None:
     exchangeable = ExchangeableModel(model, plan_for(model, schedule(0, 2, 4)), "eager")
     with pytest.raises(Exception, match="no block stack was found"):
         sample(exchangeable.model)
+
+
+def test_the_verifier_samples_schedules_with_one_compilation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Blocks().eval().requires_grad_(False)
+    plan = plan_for(model, schedule(0, 2, 4))
+    made: list[ExchangeableModel] = []
+
+    def make(model: nn.Module, plan: Plan) -> ExchangeableModel:
+        made.append(ExchangeableModel(model, plan, "eager"))
+        return made[-1]
+
+    monkeypatch.setattr(verify, "ExchangeableModel", make)
+    workload = Workload(model, lambda denoiser, seed: sample(denoiser) + seed, data_range=2.0)
+    profile = Profile(
+        model=plan.model,
+        sampler=plan.sampler,
+        hardware=plan.hardware,
+        layout=None,
+        block=plan.block,
+        candidates=(),
+        shapes={},
+        observed_calls=(0,),
+        data_range=2.0,
+        seeds=(0,),
+        finished=(0,),
+    )
+    verifier = verify.SamplingVerifier(workload, profile, tmp_path)
+    dense = sample(model)
+    found = [verifier.schedule_psnr_db(schedule(*full), 0) for full in ((0, 3), (0, 1, 2, 4, 5))]
+    (exchangeable,) = made
+    for full, psnr_db in zip(((0, 3), (0, 1, 2, 4, 5)), found, strict=True):
+        exchangeable.use(schedule(*full))
+        expected = psnr(sample(exchangeable.model), dense, 2.0)
+        assert exchangeable.counted == (len(full), CALLS - len(full))
+        assert psnr_db == pytest.approx(expected, abs=1e-6)
+    assert found[0] < found[1] < verify.EXACT_DB
