@@ -13,6 +13,9 @@ from ditopt.weights import DerivedTensors, FusedTensor
 
 if TYPE_CHECKING:
     from ditopt.passes.base import LinearOperand
+    from ditopt.quantization import LinearRule
+
+_Key = tuple[tuple[int, ...], tuple[int, ...], "LinearRule"]
 
 Reader = Callable[[Sequence[Any]], Tensor]
 
@@ -27,7 +30,8 @@ class DerivedWeights:
     def __init__(self) -> None:
         self.tensors: list[DerivedTensors] = []
         self._fused: dict[tuple[int, ...], FusedTensor] = {}
-        self._quantized: dict[tuple[Any, ...], DerivedTensors] = {}
+        self._quantized: dict[_Key, DerivedTensors] = {}
+        self._channels: dict[_Key, int] = {}
 
     def fused(self, slots: tuple[int, ...]) -> Reader:
         """The weights in `slots` one below the other."""
@@ -57,11 +61,21 @@ class DerivedWeights:
             count, rule = len(weights), spec.rule
 
             def make(parts: list[Tensor]) -> Mapping[str, Tensor]:
+                self._channels[key] = sum(part.shape[0] for part in parts[:count])
                 return derive(rule, parts[:count], parts[count:], statistics)
 
             self._quantized[key] = DerivedTensors((*weights, *biases), make, release=False)
             self.tensors.append(self._quantized[key])
         return self._quantized[key].reader(spec.name)
+
+    def quantized(self, slot: int | None) -> list[tuple[LinearRule, DerivedTensors, int]]:
+        """What replaces the weight in a slot: rule, tensors, and output channels of all merged."""
+        return [
+            (rule, tensors, self._channels.get(key, 0))
+            for key, tensors in self._quantized.items()
+            for weights, _, rule in [key]
+            if slot in weights
+        ]
 
     def release(self, read: AbstractSet[int]) -> None:
         """Let originals go that nothing but one derived weight reads.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from ditopt.plan import Plan
+    from ditopt.quantization.table import LinearRow
     from ditopt.report import Decision
     from ditopt.workload import Workload
 
@@ -73,18 +74,60 @@ def inspect_workload(workload: Workload) -> InspectReport:
     return InspectReport(_first_calls(workload, None))
 
 
-def explain(workload: Workload, plan: Plan) -> list[Decision]:
-    """Every decision of compiling a workload's model with a plan.
+@dataclass(frozen=True)
+class Explanation:
+    """What a plan does to a workload's models.
 
-    The reference kernels run it for one call.
+    Attributes:
+        decisions: all of them in order.
+        linears: the linear layers; empty for a plan that names no format.
     """
+
+    decisions: list[Decision]
+    linears: list[LinearRow]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "decisions": [decision.to_json() for decision in self.decisions],
+            "linears": [row.to_json() for row in self.linears],
+        }
+
+    def table(self) -> Group:
+        """Tables for the terminal."""
+        from rich.console import Group
+
+        from ditopt.quantization.table import linear_table
+        from ditopt.report import decision_table
+
+        parts = [decision_table(self.decisions)]
+        return Group(*parts, *([linear_table(self.linears)] if self.linears else []))
+
+
+def explain(workload: Workload, plan: Plan) -> list[Decision]:
+    """Every decision of compiling a workload's model with a plan."""
+    return explain_fully(workload, plan).decisions
+
+
+def explain_fully(workload: Workload, plan: Plan) -> Explanation:
+    """Every decision, and every linear layer where the plan names formats.
+
+    The reference kernels run the model for one call.
+    """
+    from ditopt.quantization.table import linear_rows
+
     graphs = _first_calls(workload, plan)
-    return [
-        decision
-        for records in graphs.values()
-        for record in records
-        for decision in record.decisions
-    ]
+    named = any(phase.linear for phase in plan.phases)
+    return Explanation(
+        [d for records in graphs.values() for record in records for d in record.decisions],
+        [
+            row
+            for name, records in graphs.items()
+            for record in records
+            for row in linear_rows(workload.models[name], record)
+            if named
+        ],
+    )
 
 
 def _first_calls(workload: Workload, plan: Plan | None) -> dict[str, list[Compiled]]:

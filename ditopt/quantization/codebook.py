@@ -1,4 +1,4 @@
-"""2-bit weights as in VQ4DiT (arXiv 2408.17131): four neighbours along K share one of 256 codewords.
+"""2-bit weights as in VQ4DiT (arXiv 2408.17131): four neighbours along K share one of 256 words.
 
 The codebook is the k-means solution over the rows' pieces, each row divided by its root mean square
 first, which costs 16 bits a row and spares codewords. Seeds are drawn as k-means++ does. The
@@ -87,4 +87,6 @@ def _seeds(pieces: Tensor, draw: torch.Generator) -> Tensor:
 def _nearest(pieces: Tensor, words: Tensor) -> Tensor:
     """Index of the nearest word for each piece."""
     half = words.square().sum(1) / 2
-    return torch.cat([(part @ words.T - half).argmax(1) for part in pieces.split(_CHUNK)])
+    starts = range(0, len(pieces), _CHUNK)
+    parts = (pieces[start : start + _CHUNK] for start in starts)
+    return torch.cat([(part @ words.T - half).argmax(1) for part in parts])

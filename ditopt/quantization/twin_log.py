@@ -1,4 +1,4 @@
-"""Twin-log weights of LRQ-DiT (arXiv 2508.03485): eight levels for each sign, even in the logarithm.
+"""Twin-log weights of LRQ-DiT (arXiv 2508.03485): eight levels a sign, even in the logarithm.
 
     w = sign (2^(step q + start) - eta),   q = 0 .. 7
 
@@ -56,7 +56,7 @@ class TwinLog:
 
 
 def _ends(weight: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Smallest magnitude, and the largest that is not clipped, of each row and sign: [N, 2] each."""
+    """Smallest and largest magnitude that is kept, of each row and sign: [N, 2] each."""
     ends = []
     for own in (weight >= 0, weight < 0):
         ranked = weight.abs().where(own, torch.full_like(weight, float("inf"))).sort(1).values

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from ditopt import cli
 from ditopt.bench_result import BenchResult, Row
 from ditopt.errors import DitoptWarning, PlanError, ProfileError, VerificationError
+from ditopt.inspection import Explanation
 from ditopt.report import Decision
 
 COMMANDS = ("inspect", "profile", "plan", "explain", "bench", "demo")
@@ -111,7 +112,7 @@ def test_an_error_inside_a_backend_is_found(workload, fake, monkeypatch, capsys)
     def fails(*args):
         raise BackendCompilerFailed("long story")
 
-    fake("inspection", explain=fails)
+    fake("inspection", explain_fully=fails)
     fake("plan", Plan=types.SimpleNamespace(load=lambda path: None))
     assert run_main(monkeypatch, "explain", workload, "--plan", "plan.yaml") == 2
     assert capsys.readouterr().err == "ditopt: the plan is for another model\n"
@@ -198,7 +199,8 @@ def test_two_goals_are_refused(fake, monkeypatch, capsys):
 
 def test_explain_prints_decisions(workload, fake):
     decision = Decision("blocks.0", "fuse", True, "q, k and v read one tensor")
-    fake("inspection", explain=lambda workload, plan: [decision])
+    found = Explanation([decision], [])
+    fake("inspection", explain_fully=lambda workload, plan: found)
     fake("plan", Plan=types.SimpleNamespace(load=lambda path: None))
     written = json.loads(invoke("explain", workload, "--plan", "p.yaml", "--json", "-").output)
     assert written["decisions"][0]["reason"] == "q, k and v read one tensor"
