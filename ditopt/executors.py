@@ -51,7 +51,8 @@ def _choose(node: fx.Node, choice: HeadChoice | SelectorChoice) -> dispatch.Choi
     if isinstance(choice, HeadChoice):
         grid = tuple(hint(size) for size in choice.grid)
         layout = choice.geometry.layout((grid[0], grid[1], grid[2]), n_q)
-        kept = tuple(density(p, layout, n_q, n_k, *blocks) for p in choice.patterns)
+        shape = (layout, n_q, n_k, *blocks)
+        kept = tuple(density(p, *shape, choice.order) for p in choice.patterns)
     else:
         rule, amount = choice.selector.rule
         kept = (amount if rule == "top_k" else UNKNOWN_DENSITY,) * heads

@@ -16,7 +16,8 @@ import torch
 from ditopt.infer_layout import site_geometry
 from ditopt.stack import slot_value
 from ditopt.symbols import hint, is_symbolic
-from ditopt.token_axis import NONE, Axes, Mixes, follow
+from ditopt.token_axis import follow
+from ditopt.token_rules import NONE, Axes, Mixes
 
 if TYPE_CHECKING:
     from ditopt.capture import Captured

@@ -15,7 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ditopt import fingerprint
 from ditopt.capture import Captured, capture
 from ditopt.plan import Plan
-from ditopt.token_axis import Axes, Mixes, follow
+from ditopt.token_axis import follow
+from ditopt.token_rules import Axes, Mixes
 from ditopt.torch_backend import compiled_graphs
 
 N, C = 12, 8
