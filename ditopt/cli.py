@@ -134,17 +134,15 @@ def plan(
 @app.command()
 def explain(workload: WorkloadSpec, plan: PlanPath, json_path: JsonPath = None) -> None:
     """Compile with a plan and tell each decision with its reason."""
-    from ditopt.inspection import explain as decide
+    from ditopt.inspection import explain_fully
     from ditopt.plan import Plan
-    from ditopt.report import decision_table
     from ditopt.workload import load_workload
 
     loaded, chosen = load_workload(workload), Plan.load(plan)
     with terminal_progress() as progress:
         progress("compiling the model", 0, 1)
-        decisions = decide(loaded, chosen)
-    value = {"decisions": [decision.to_json() for decision in decisions]}
-    _show(decision_table(decisions), value, json_path)
+        found = explain_fully(loaded, chosen)
+    _show(found.table(), found.to_json(), json_path)
 
 
 @app.command()
