@@ -43,8 +43,10 @@ def _choose(node: fx.Node, choice: HeadChoice | SelectorChoice) -> dispatch.Choi
     operands = attention_operands(node)
     q, k = (fake_value(x) for x in operands[:2])
     declined = dispatch.reasons_to_decline(q, choice.block_q, choice.block_k)
-    if isinstance(choice, SelectorChoice) or operands[3] is not None:
+    if isinstance(choice, SelectorChoice):
         declined["sdpa"] = "the lists come from the data"
+    elif operands[3] is not None or choice.remainder is not None:
+        declined["sdpa"] = "the attention has a mask or a linear remainder"
     batch, heads, n_q, channels = (hint(size) for size in q.shape)
     n_k = hint(k.shape[2])
     blocks = (choice.block_q, choice.block_k)

@@ -377,7 +377,11 @@ class ProgramBuilder:
             for node, choice in choices.items()
             if not isinstance(choice, HeadChoice)
         )
-        lowered = frozenset((node, e.executor, e.dense_heads) for node, e in executors.items())
+        lowered = frozenset(
+            (node, e.executor, e.dense_heads)
+            for node, e in executors.items()
+            if e.executor not in DENSE
+        )
         key = (
             piece.body.key,
             frozenset(sparse),

@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ditopt.capture import Captured, capture
 from ditopt.config import Options
 from ditopt.infer_layout import SiteGeometry
-from ditopt.patterns import Band, Dense
+from ditopt.kernels.block_sparse_attention import dispatch
+from ditopt.patterns import Band, Dense, Skip
 from ditopt.program import Phase, ProgramBuilder
 from ditopt.runtime import InputRoles, Programs
 from ditopt.site_inputs import HeadChoice
@@ -233,6 +234,35 @@ def test_each_site_gets_its_decision() -> None:
     }
     fused = {d.site for d in built.builder.decisions if d.rule == "fuse_projections" and d.applied}
     assert fused == {f"blocks.{k}.to_{name}" for k in range(6) for name in "qkv"}
+
+
+def test_each_site_says_which_executor_runs_it() -> None:
+    built = Built()
+    choices = {site.id: built.choice(Dense(), Band(window=8)) for site in built.sites}
+    built.build([Phase(choices)])
+    decisions = [d for d in built.builder.decisions if d.rule == "attention_executor"]
+    assert {d.site for d in decisions} == set(choices)
+    assert {d.reason.split(":")[0] for d in decisions} == {"flex"}
+    assert all("needs a CUDA device" in d.reason for d in decisions)
+
+
+def test_programs_are_shared_by_executor_not_by_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"block": [8, 8], "channels": 64, "processors": 1, "host": 0.0, "tile": 0.0}
+    costs = tuple(
+        {**base, "executor": name, "start": start, "entry": entry}
+        for name, start, entry in (("flex", 0.0, 1.0), ("cpu", 20.0, 0.1), ("sdpa", 21.0, 0.0))
+    )
+    monkeypatch.setattr(dispatch, "costs_of", lambda device: costs)
+    built = Built()
+    thin, wide = built.choice(Skip(), Band(window=2)), built.choice(Skip(), Band(window=4))
+    rest = built.choice(Dense(), Band(window=16)), built.choice(Dense(), Dense())
+    sites = [site.id for site in built.sites]
+    built.build([Phase(dict(zip(sites, (thin, wide, *rest), strict=False)))], cached=True)
+    told = [d.reason for d in built.builder.decisions if d.rule == "attention_executor"]
+    assert [reason.replace(",", ":").split(":")[0] for reason in told] == [
+        *("flex", "flex", "cpu", "sdpa")
+    ]
+    assert len(built.backend.lowered) == 5  # before, behind, flex, cpu, dense
 
 
 def test_fused_weights_of_every_block_are_its_own() -> None:

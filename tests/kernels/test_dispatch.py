@@ -81,8 +81,14 @@ def test_who_declines_is_never_chosen_and_says_why() -> None:
 
 
 def test_an_unknown_device_takes_the_order_of_preference() -> None:
-    choice = choose(site(512, 1.0), "other", {"gluon": "no such chip"})
+    choice = choose(site(512, 0.5), "other", {"gluon": "no such chip"})
     assert choice == dispatch.Choice("fa4", "fa4: no costs were measured on other. no such chip")
+
+
+def test_dense_attention_needs_no_lists_where_nothing_was_measured() -> None:
+    choice = choose(site(512, 1.0, 1.0), "other", NOTHING)
+    assert choice.executor == "sdpa"
+    assert choice.reason == "sdpa, every head is dense: no costs were measured on other"
 
 
 def test_dense_heads_leave_where_that_is_faster() -> None:

@@ -100,12 +100,17 @@ def choose(site: Site, device: str, declined: Mapping[str, str]) -> Choice:
     if not able:
         return Choice("operator", "the operator itself: " + _declines(declined))
     times = {name: t for name in able if (t := forecast(name, site, device)) is not None}
+    dense = tuple(h for h, density in enumerate(site.densities) if density >= 1.0)
+    every = len(dense) == len(site.densities) and "sdpa" not in declined
+    if not times and every:
+        return Choice(
+            "sdpa", f"sdpa, every head is dense: no costs were measured on {device}", dense
+        )
     if not times:
         rest = f" {_declines(declined)}" if declined else ""
         return Choice(able[0], f"{able[0]}: no costs were measured on {device}.{rest}")
     best = min(times, key=times.__getitem__)
-    dense = tuple(h for h, density in enumerate(site.densities) if density >= 1.0)
-    if len(dense) == len(site.densities) and "sdpa" not in declined:
+    if every:
         whole = choose_dense(site, device, declined)
         if whole is not None and whole[1] < times[best]:
             words = _listing({whole[0]: whole[1], **times})
