@@ -88,7 +88,7 @@ def _step(
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, counts_ptr, ids_ptr, order_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, counts_ptr, ids_ptr,
     some_counts_ptr, some_ids_ptr, mask_ids_ptr, masks_ptr, lengths_ptr, bias_ptr,
     pooled_k_ptr, pooled_v_ptr, pooled_bias_ptr, bits_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
@@ -100,7 +100,7 @@ def _forward(
     heads, n_q, n_k, n_pooled, width, some_width, masks, qk_scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_LSE: tl.constexpr,
-    HAS_ORDER: tl.constexpr, EVEN: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, MASKED_STAGES: tl.constexpr,
     IEEE: tl.constexpr,
@@ -109,8 +109,6 @@ def _forward(
     pid_bh = tl.program_id(1)
     # Inductor passes Python's floats as float64. A scale of 0 would make -inf * 0 of masked scores.
     qk_scale = tl.maximum(tl.full([], qk_scale, tl.float32), 1e-30)
-    if HAS_ORDER:
-        pid_bh = tl.load(order_ptr + pid_bh)
     b = (pid_bh // heads).to(tl.int64)
     h = (pid_bh % heads).to(tl.int64)
     row = pid_m // (BLOCK_Q // BLOCK_M)
@@ -206,40 +204,6 @@ def _forward(
         tl.store(lse_ptr + pid_bh.to(tl.int64) * n_q + offs_m, lse, mask=in_q)
 
 
-@triton.jit
-def _order_heads(
-    counts_ptr, order_ptr, counter_ptr, stride_b, stride_h, heads, pairs, rows,
-    PAIRS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """(batch, head) pairs by total list length, longest first; also clears the tile counter."""
-    offs = tl.arange(0, PAIRS)
-    base = counts_ptr + (offs // heads).to(tl.int64) * stride_b + (offs % heads) * stride_h
-    total = tl.zeros([PAIRS], tl.int32)
-    for start in range(0, rows, ROWS):
-        cols = start + tl.arange(0, ROWS)
-        inside = (offs < pairs)[:, None] & (cols < rows)[None, :]
-        total += tl.sum(tl.load(base[:, None] + cols[None, :], mask=inside, other=0), 1)
-    total = tl.where(offs < pairs, total, -1)
-    before = (total[None, :] > total[:, None]) | (
-        (total[None, :] == total[:, None]) & (offs[None, :] < offs[:, None])
-    )
-    rank = tl.sum(before.to(tl.int32), 1)
-    tl.store(order_ptr + rank, offs, mask=offs < pairs)
-    tl.store(counter_ptr, 0)
-
-
-def order_heads(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(order int32 [B * H], zeroed counter int32 [1]) of counts [B, H, QB]; one small launch."""
-    batch, heads, rows = counts.shape
-    pairs = batch * heads
-    scratch = torch.empty(pairs + 1, dtype=torch.int32, device=counts.device)
-    _order_heads[(1,)](
-        counts, scratch[1:], scratch, counts.stride(0), counts.stride(1), heads, pairs, rows,
-        PAIRS=triton.next_power_of_2(pairs), ROWS=128, num_warps=8,
-    )  # fmt: skip
-    return scratch[1:], scratch[:1]
-
-
 def default_config(q: Tensor, block_q: int, block_k: int, plainly: bool) -> PlainConfig:
     """The tuned configuration; float32 serves tests and only has to fit."""
     if q.dtype == torch.float32:
@@ -269,11 +233,10 @@ def forward(
     pooled: Pooled | None = None,
     *,
     return_lse: bool = False,
-    order: Tensor | None = None,
     config: PlainConfig | None = None,
     launcher: Any = _forward,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel; ``order`` int32 [B*H] starts (batch, head) pairs in that order."""
+    """Launches the kernel; arguments as in `reference`, LSE None unless asked for."""
     batch, heads, n_q, _ = q.shape
     # These choose the program: under symbolic shapes they become constants.
     d, block_q, block_k = int(q.shape[-1]), int(block_q), int(block_k)
@@ -285,12 +248,12 @@ def forward(
     lists = (kv_num_blocks, kv_indices, partial, block_lengths, key_bias, pooled)
     first, second = split_head_size(d)
     launcher[(triton.cdiv(n_q, config.block_m), batch * heads)](
-        q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, order_ptr=order,
+        q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse,
         **eighths("q", q), **eighths("k", k), **eighths("v", v),
         **strides("o", out, "bhm"), **list_arguments(batch, heads, *lists),
         heads=heads, n_q=n_q, n_k=k.shape[2], qk_scale=scale * math.log2(math.e),
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        D=d, D1=first, D2=second, HAS_LSE=return_lse, HAS_ORDER=order is not None,
+        D=d, D1=first, D2=second, HAS_LSE=return_lse,
         EVEN=config.block_n <= block_k and k.shape[2] % block_k == 0,
         HAS_PARTIAL=partial is not None, HAS_LENGTHS=block_lengths is not None,
         HAS_BIAS=key_bias is not None, HAS_POOLED=pooled is not None,
