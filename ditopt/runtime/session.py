@@ -60,8 +60,9 @@ def session(
         key: name of the run, not in use by another one; None makes a run of this block alone.
         branch: name of the guidance branch that the block's calls belong to; only needed where a
             wrapper rebuilds the conditioning tensors at each call, which identify it otherwise.
-        calls: how many calls per branch the run makes. Stating it saves the two reads of an
-            accelerator's timestep by which each branch is otherwise checked against the plan.
+        calls: how many calls per branch, of each denoiser, the run makes. Stating it saves the two
+            reads of an accelerator's timestep by which each branch is otherwise checked against the
+            plan.
 
     Raises:
         SessionError: inside another session of the same thread or task.
