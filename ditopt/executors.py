@@ -7,12 +7,12 @@ hints of symbolic ones) and the densities that the plan's patterns have on them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ditopt.graph import fake_value
-from ditopt.kernels.block_sparse_attention import dispatch
+from ditopt.kernels.block_sparse_attention import dispatch, ops  # noqa: F401  (registers it)
 from ditopt.patterns import density
 from ditopt.site_inputs import HeadChoice, SelectorChoice
 from ditopt.sites import attention_operands
@@ -60,6 +60,39 @@ def _choose(node: fx.Node, choice: HeadChoice | SelectorChoice) -> dispatch.Choi
         kept = (amount if rule == "top_k" else UNKNOWN_DENSITY,) * heads
     site = dispatch.Site(batch, n_q, n_k, channels, *blocks, kept)
     return dispatch.choose(site, device_name(q.device), declined)
+
+
+def preferred(q: torch.Tensor, n_k: Any, block_q: int, block_k: int) -> str:
+    """The executor for a call with such a ``q`` about whose lists nothing is known."""
+    declined = dispatch.reasons_to_decline(q, block_q, block_k)
+    batch, heads, n_q, channels = (hint(size) for size in q.shape)
+    kept = (UNKNOWN_DENSITY,) * heads
+    site = dispatch.Site(batch, n_q, hint(n_k), channels, block_q, block_k, kept)
+    return dispatch.choose(site, device_name(q.device), declined).executor
+
+
+def target_of(executor: str) -> Any:
+    """What stands in a graph for an executor; None for the operator itself."""
+    if executor == "flex":
+        from ditopt.kernels.block_sparse_attention import flex
+
+        return flex.block_sparse_attention
+    if executor == "triton":
+        from ditopt.kernels.block_sparse_attention import triton  # noqa: F401  (registers it)
+
+        return torch.ops.ditopt.block_sparse_attention_triton.default
+    if executor == "fa4":
+        from ditopt.kernels.block_sparse_attention import fa4  # noqa: F401  (registers it)
+
+        return torch.ops.ditopt.block_sparse_attention_fa4.default
+    return None
+
+
+def preferred_executor(q: torch.Tensor, n_k: int, block_q: int, block_k: int) -> Any:
+    """The preferred executor as a function with the operator's signature, for timing it."""
+    executor = preferred(q, n_k, block_q, block_k)
+    target = target_of(executor) or torch.ops.ditopt.block_sparse_attention.default
+    return torch.compile(target, dynamic=False) if executor == "flex" else target
 
 
 def device_name(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx
 
-from ditopt.executors import UNKNOWN_DENSITY, device_name
+from ditopt.executors import device_name, preferred, target_of
 from ditopt.graph import arguments, fake_value, placeholders
 from ditopt.kernels.block_sparse_attention import dispatch
 from ditopt.passes.base import EXECUTOR
@@ -60,7 +60,7 @@ def _use_executors(gm: fx.GraphModule) -> None:
             continue
         if node.target is operator:
             executor = node.meta.get(EXECUTOR) or _preferred(node)
-            node.target = _target(executor) or operator
+            node.target = target_of(executor) or operator
         elif node.target is SDPA and _prefers_fa4(node):
             _use_fa4(gm, node)
     gm.recompile()
@@ -98,30 +98,5 @@ def _use_fa4(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _preferred(node: fx.Node) -> str:
-    """The executor for a call about whose lists nothing is known."""
     q, k, *_, block_q, block_k, _ = arguments(node)
-    q, k = fake_value(q), fake_value(k)
-    declined = dispatch.reasons_to_decline(q, block_q, block_k)
-    batch, heads, n_q, channels = (hint(size) for size in q.shape)
-    blocks = (block_q, block_k)
-    site = dispatch.Site(
-        batch, n_q, hint(k.shape[2]), channels, *blocks, (UNKNOWN_DENSITY,) * heads
-    )
-    return dispatch.choose(site, device_name(q.device), declined).executor
-
-
-def _target(executor: str) -> Any:
-    """What stands in the graph for an executor; None for the operator itself."""
-    if executor == "flex":
-        from ditopt.kernels.block_sparse_attention import flex
-
-        return flex.block_sparse_attention
-    if executor == "triton":
-        from ditopt.kernels.block_sparse_attention import triton  # noqa: F401  (registers it)
-
-        return torch.ops.ditopt.block_sparse_attention_triton.default
-    if executor == "fa4":
-        from ditopt.kernels.block_sparse_attention import fa4  # noqa: F401  (registers it)
-
-        return torch.ops.ditopt.block_sparse_attention_fa4.default
-    return None
+    return preferred(fake_value(q), fake_value(k).shape[2], block_q, block_k)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditopt.executors import preferred_executor
 from ditopt.plan import Block, Cache, Phase, Plan
 from ditopt.profiling.loops import only_model
 from ditopt.profiling.schema import AttentionCost, Costs, Profile, SiteShape
@@ -118,14 +119,12 @@ def _median_after_first(samples_ms: list[float]) -> float:
 
 
 def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> AttentionCost:
-    """Time dense attention and the compiled block-sparse executor on random data, interleaved."""
-    from ditopt.kernels.block_sparse_attention import flex
-
+    """Time dense attention and the executor that a plan would get on random data, interleaved."""
     size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
     dtype = getattr(torch, shape.dtype)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(3))
-    sparse = torch.compile(flex.block_sparse_attention, dynamic=False)
+    sparse = preferred_executor(q, shape.tokens, block.q, block.k)
     scale = shape.head_dim**-0.5
     runs: dict[str, Callable[[], Any]] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
     lists = {density: _random_lists(shape, block, density, generator) for density in _DENSITIES}
