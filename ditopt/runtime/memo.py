@@ -104,6 +104,7 @@ class Memo:
         self._outputs = tuple(outputs)
         self._device = device
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._total = 0  # bytes of the entries
         self._seen: tuple[Any, ...] | None = None
         self._owners: list[weakref.ref[Tensor]] = []
         self._fresh = 0
@@ -115,7 +116,7 @@ class Memo:
     def nbytes(self) -> int:
         """Memory that is kept now."""
         with self._lock:
-            return sum(entry.nbytes for entry in self._entries.values())
+            return self._total
 
     def fill(self, env: list[Any]) -> None:
         """Put the values of this call into `env`, kept ones where the inputs are known."""
@@ -125,14 +126,13 @@ class Memo:
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
-            self._entries.clear()
+            self._drop(list(self._entries))
             self._seen = None
 
     def forget(self, key: Hashable) -> None:
         """Drop what holds in a session that has ended."""
         with self._lock:
-            for name in [n for n, entry in self._entries.items() if entry.session == key]:
-                del self._entries[name]
+            self._drop([n for n, entry in self._entries.items() if entry.session == key])
 
     def _values(self, env: list[Any]) -> Sequence[Any]:
         if self._resting:
@@ -208,7 +208,7 @@ class Memo:
             with self._lock:
                 if self._entries:
                     self._tire()
-                self._entries.clear()
+                self._drop(list(self._entries))
                 # The ids hold as long as the objects live.
                 self._owners = [weakref.ref(weight, self._orphan) for weight in weights]
                 self._seen = seen
@@ -223,19 +223,26 @@ class Memo:
 
     def _keep(self, key: Hashable, entry: _Entry) -> None:
         with self._lock:
-            gone = [name for name, other in self._entries.items() if _is_over(other, entry)]
-            for name in gone:
-                del self._entries[name]
+            # Values do not go out of date, and there may be hundreds of them.
+            others = self._entries.items() if entry.leases else ()
+            gone = [name for name, other in others if _is_over(other, entry)]
+            self._drop(gone)
             if gone and not self._entries:
                 self._tire()
             if self._resting or entry.nbytes > MAX_BYTES or self._seen is None:
                 return
+            self._drop([key])
             self._entries[key] = entry
+            self._total += entry.nbytes
             most = _MOST_TENSORS if entry.leases else _MOST_VALUES
-            total = sum(other.nbytes for other in self._entries.values())
-            while len(self._entries) > most or total > MAX_BYTES:
-                _, oldest = self._entries.popitem(last=False)
-                total -= oldest.nbytes
+            while len(self._entries) > most or self._total > MAX_BYTES:
+                self._drop([next(iter(self._entries))])
+
+    def _drop(self, names: Sequence[Hashable]) -> None:
+        for name in names:
+            entry = self._entries.pop(name, None)
+            if entry is not None:
+                self._total -= entry.nbytes
 
     def _tire(self) -> None:
         """Nothing that was kept can come back; stop looking when that goes on."""
