@@ -86,6 +86,9 @@ def profile(
     workload: WorkloadSpec,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Loops to record.")] = 2,
+    linears: Annotated[
+        bool, typer.Option("--linears", help="Number formats of linear layers, too.")
+    ] = False,
     json_path: JsonPath = None,
 ) -> None:
     """Run the denoising loop and measure every site; an interrupted profile resumes."""
@@ -96,6 +99,10 @@ def profile(
     try:
         with terminal_progress() as progress:
             result = measure(loaded, out, seeds, progress, source=loaded.origin)
+            if linears:
+                from ditopt.profiling.linears import profile_linears
+
+                profile_linears(loaded, out, progress)
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command resumes the profile", err=True)
         raise

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ditopt.capture import Captured, capture
 from ditopt.infer_layout import Grid, SiteGeometry, infer_grid, site_geometry
-from ditopt.sites import AttentionSite, attention_operands, find_sites
+from ditopt.sites import AttentionSite, LinearSite, attention_operands, find_sites
 from ditopt.stack import Stack, find_stack
 from ditopt.symbols import hint
 
@@ -42,7 +42,16 @@ class Observer(Protocol):
         """The block stack's outputs, and for each the value that it is a residual of, or None."""
 
 
-def observe(model: nn.Module, observer: Observer) -> Callable[..., Any]:
+class LinearObserver(Observer, Protocol):
+    """An observer that is told about linear layers too."""
+
+    def linear(
+        self, site: LinearSite, source: str, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        """One linear layer of x [..., K]; `source` names the node that made x in the piece."""
+
+
+def observe(model: nn.Module, observer: Observer | LinearObserver) -> Callable[..., Any]:
     """A callable like `model` that computes the same and shows it to `observer`."""
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -55,10 +64,15 @@ def observe(model: nn.Module, observer: Observer) -> Callable[..., Any]:
 class _Observed:
     """One captured graph, run with an interpreter for each body."""
 
-    def __init__(self, captured: Captured, inputs: Sequence[Any], observer: Observer) -> None:
+    def __init__(
+        self, captured: Captured, inputs: Sequence[Any], observer: Observer | LinearObserver
+    ) -> None:
         self._captured = captured
         self._observer = observer
-        attention, _ = find_sites(captured)
+        attention, linear = find_sites(captured)
+        self._linears = (
+            {(s.piece, s.node): s for s in linear} if hasattr(observer, "linear") else {}
+        )
         self._sites = {(s.piece, s.node): s for s in attention if s.form == "softmax"}
         found = find_stack(captured)
         self._stack: Stack | None = found if isinstance(found, Stack) else None
@@ -74,7 +88,7 @@ class _Observed:
         spare = [None] * (captured.slots - len(captured.inputs))
         env: list[Any] = [*inputs, *captured.constants, *spare]
         for index, piece in enumerate(captured.pieces):
-            runner = _Telling(piece.body.gm, self._observer, self._sites, index)
+            runner = _Telling(piece.body.gm, self._observer, self._sites, self._linears, index)
             results = runner.run(*[env[slot] for slot in piece.inputs])
             for slot, value in zip(piece.outputs, results, strict=True):
                 env[slot] = value
@@ -88,12 +102,14 @@ class _Telling(fx.Interpreter):
     def __init__(
         self,
         gm: fx.GraphModule,
-        observer: Observer,
+        observer: Any,
         sites: dict[tuple[int, str], AttentionSite],
+        linears: dict[tuple[int, str], LinearSite],
         piece: int,
     ) -> None:
         super().__init__(gm)
         self._observer = observer
+        self._linears = linears
         self._told = sites
         self._piece = piece
 
@@ -109,6 +125,11 @@ class _Telling(fx.Interpreter):
                 scale=scale,
                 mask=self.env[mask] if isinstance(mask, fx.Node) else None,
             )
+        linear = self._linears.get((self._piece, n.name))
+        if linear is not None:
+            nodes = [arg for arg in n.args if isinstance(arg, fx.Node)]
+            x, weight, *bias = (self.env[node] for node in nodes)
+            self._observer.linear(linear, nodes[0].name, x, weight, bias[0] if bias else None)
         return super().run_node(n)
 
 

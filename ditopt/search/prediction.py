@@ -18,7 +18,9 @@ from ditopt.search.problem import site_options
 
 if TYPE_CHECKING:
     from ditopt.profiling.schema import Profile, SeedRecord
+    from ditopt.quantization import LinearRule
     from ditopt.search.calibration import ErrorModel
+    from ditopt.search.linears import LinearChoices
 
 _DENSE_SHARE = 0.2
 """Share of the calls, at the start, that keep dense attention: the scene is laid out there."""
@@ -46,14 +48,22 @@ class Candidate:
 class Predictor:
     """Everything that the search knows before it samples."""
 
-    def __init__(self, profile: Profile, records: Sequence[SeedRecord]) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        records: Sequence[SeedRecord],
+        linears: LinearChoices | None = None,
+    ) -> None:
         assert profile.costs is not None
+        self._linears = linears
         self._profile = profile
         self._costs = profile.costs
         self._branches = profile.sampler.branches
         self._calls = profile.sampler.calls
         self.dense_calls = min(self._calls, math.ceil(_DENSE_SHARE * self._calls))
         self._sites = site_options(profile, records, self.dense_calls)
+        if linears is not None:
+            self._sites += linears.options(records, self.dense_calls)
         self._dense_attention_ms = sum(site.dense_ms for site in self._sites)
         self._frontier = frontier(self._sites)
         gram = torch.stack([record.gram for record in records]).sum(0)
@@ -135,18 +145,25 @@ class Predictor:
         rules = {
             site: tuple(profile.candidates[option] for option in options)
             for site, options in candidate.assignment.options.items()
+            if site in profile.shapes
         }
+        linear: dict[str, LinearRule] = {}
+        model_record = profile.model
+        if self._linears is not None:
+            linear = self._linears.rules(candidate.assignment.options)
+            records = self._linears.profile.records
+            model_record = profile.model.model_copy(update={"linears": records})
         ranges = [(0, self.dense_calls), (self.dense_calls, self._calls)]
-        phases = [Phase(calls=ranges[0]), Phase(calls=ranges[1], attention=rules)]
+        phases = [Phase(calls=ranges[0]), Phase(calls=ranges[1], attention=rules, linear=linear)]
         psnr_db = model.psnr_db(candidate.attention_error, candidate.cache_error)
-        return Plan(
-            model=profile.model,
+        plan = Plan(
+            model=model_record,
             sampler=profile.sampler,
             hardware=profile.hardware,
             goal=goal,
             layout=profile.layout,
             block=profile.block,
-            phases=tuple(phases) if rules else (Phase(calls=(0, self._calls)),),
+            phases=tuple(phases) if rules or linear else (Phase(calls=(0, self._calls)),),
             cache=cache_section(schedule),
             predicted=Predicted(
                 seconds=candidate.seconds,
@@ -155,6 +172,8 @@ class Predictor:
                 density=self._mean_density(rules),
             ),
         )
+        tensors = self._linears.tensors(linear) if self._linears is not None else {}
+        return plan.with_tensors(tensors) if tensors else plan
 
     def _candidate(self, schedule: CacheSchedule, assignment: Assignment) -> Candidate:
         full_ms, skip_ms = self._costs.dense_call_ms, self._costs.skip_call_ms

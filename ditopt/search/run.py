@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from ditopt.errors import ProfileError
 from ditopt.plan import Goal, Plan
+from ditopt.profiling.linears import LinearProfile, load_statistics
 from ditopt.profiling.schema import Profile, load_complete
 from ditopt.progress import Progress, silent
 from ditopt.search.calibration import ErrorModel
 from ditopt.search.closed_loop import ClosedLoop, LoopSpec
+from ditopt.search.linears import LinearChoices
 from ditopt.search.prediction import Predictor
 from ditopt.search.verify import SamplingVerifier, Verify
 from ditopt.workload import Workload, load_workload
@@ -58,13 +60,16 @@ def plan_from_profile(
     if verify is None:
         verify = SamplingVerifier(workload or _load(profile), profile, folder)
         sample_schedule = verify.schedule_psnr_db
-    predictor = Predictor(profile, records)
+    linears = LinearProfile.load(folder)
+    choices = LinearChoices(linears, load_statistics(folder)) if linears is not None else None
+    predictor = Predictor(profile, records, choices)
     data_range = profile.data_range or _DEFAULT_RANGE
     model = ErrorModel(data_range, attention_gain_db=_ATTENTION_GAIN_DB)
     loop = ClosedLoop(predictor, model, goal, verify, progress, spec or LoopSpec(), sample_schedule)
     plan = loop.run()
     notes = loop.tuner.notes if loop.tuner is not None else ()
-    assumptions = (*_assumptions(profile, predictor, goal), *notes)
+    left_out = linears.notes if linears is not None else ()
+    assumptions = (*_assumptions(profile, predictor, goal), *notes, *left_out)
     plan = plan.model_copy(update={"assumptions": assumptions})
     if out is not None:
         plan.save(out)
