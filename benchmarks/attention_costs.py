@@ -145,9 +145,9 @@ def recorded(gpu: str) -> list[dict[str, Any]]:
     """Rows of the recorded results of `benchmarks/attention.py` on this GPU."""
     executor_of = {label: name for name, label in EXECUTORS.items()}
     rows = []
-    for path in sorted(RESULTS.glob("attention*.json")):
+    for path in (p for p in RESULTS.glob("attention_*.json") if p.stem.count("_") == 1):
         report = json.loads(path.read_text())
-        for row in report["results"] if report.get("gpu") == gpu else ():
+        for row in report["results"] if report.get("gpu") == gpu else []:
             if row["implementation"] in executor_of and row.get("lists", "equal") == "equal":
                 heads, n, d = ATTENTION_SHAPES[row["shape"]]
                 block = tuple(row.get("block", (128, 128)))

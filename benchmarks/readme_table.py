@@ -147,7 +147,7 @@ def section(path: Path, result: Any) -> str | None:
         return table_text(path, result)
     if isinstance(result, dict) and path.stem.startswith("models"):
         return models_text(path, result)
-    if isinstance(result, dict) and path.stem.startswith("attention"):
+    if re.fullmatch(r"attention_[a-z]+\d+", path.stem):
         return attention_text(path, result)
     if isinstance(result, dict) and path.stem.startswith("caching"):
         return caching_text(path, result)
