@@ -51,6 +51,64 @@ def test_operator_on_cpu_is_within_the_bound(
     assert true_lse.holds(lse)
 
 
+@pytest.mark.parametrize("options", ["", "plbw", "plm"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 2, 300, 277, 72, 64, 128), (1, 1, 413, 257, 96, 200, 150), (1, 1, 300, 500, 64, 256, 256)],
+)
+def test_cpu_kernel_over_block_and_head_sizes(
+    shape: tuple[int, ...], options: str, build_case: Build
+) -> None:
+    case = build_case(shape, options, torch.float32)
+    truth, true_lse = case.truth()
+    out, lse = ops_lse.call(*case.args)
+    assert truth.holds(out)
+    assert true_lse.holds(lse)
+
+
+@pytest.mark.parametrize("wrong", [-1, -(1 << 20), 99, 1 << 27])
+def test_wrong_ids_and_counts_read_nothing_outside(wrong: int, build_case: Build) -> None:
+    case = build_case((1, 2, 50, 60, 16, 16, 16), "plb", torch.float32)
+    case.counts = torch.full_like(case.counts, 1 << 20)
+    case.ids = torch.full_like(case.ids, wrong)
+    fields = (torch.full_like(x, wrong) for x in case.partial[:3])
+    case.partial = Partial(*fields, case.partial.masks)
+    first = torch.zeros_like(case.partial.indices)
+    for indices in (case.partial.indices, first):  # neither such blocks nor such masks exist
+        case.partial = case.partial._replace(indices=indices)
+        for attend in (ops_lse.call, reference.block_sparse_attention_with_lse):
+            out, lse = attend(*case.args)
+            assert not out.any()
+            assert bool((lse == -math.inf).all())
+
+
+def test_ragged_tiles_of_a_grid_are_blocks_with_lengths() -> None:
+    grid, tile = (3, 5, 7), (2, 2, 4)
+    tokens, size = math.prod(grid), math.prod(tile)
+    across = [-(-n // m) for n, m in zip(grid, tile, strict=True)]
+    place = torch.empty(tokens, dtype=torch.long)
+    lengths = torch.zeros(math.prod(across), dtype=torch.int32)
+    for token in range(tokens):  # in raster order, so that each tile fills from its start
+        t, h, w = token // 35, token // 7 % 5, token % 7
+        block = (t // tile[0] * across[1] + h // tile[1]) * across[2] + w // tile[2]
+        place[token] = block * size + lengths[block]
+        lengths[block] += 1
+    q, k, v = (torch.randn(1, 2, tokens, 16, dtype=torch.float64) for _ in "qkv")
+    padded = [torch.full((1, 2, len(lengths) * size, 16), math.nan).double() for _ in "qkv"]
+    for x, tiled in zip((q, k, v), padded, strict=True):
+        tiled[:, :, place] = x
+    padded[0].nan_to_num_(0.0)  # queries of no token are computed, keys never read
+    counts = torch.full((1, 1, len(lengths)), len(lengths), dtype=torch.int32)
+    ids = torch.arange(len(lengths), dtype=torch.int32).expand(1, 1, len(lengths), -1)
+    expected = scaled_dot_product_attention(q, k, v)
+    for dtype in (torch.float64, torch.float32):
+        args = [x.to(dtype) for x in padded]
+        out = api.block_sparse_attention(
+            *args, counts, ids, block_q=size, block_k=size, block_lengths=lengths
+        )
+        torch.testing.assert_close(out[:, :, place], expected.to(dtype))
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_backward_equals_autograd_and_the_dense_formula(options: str, build_case: Build) -> None:
     case = build_case(SHAPES[2], options)
@@ -182,7 +240,7 @@ def test_equal_partial_blocks_share_their_bits() -> None:
     assert partial.masks.shape[0] == 3  # below, on and above the diagonal
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     before=st.integers(0, 20),
     after=st.integers(0, 20),

@@ -12,8 +12,8 @@ block_q). Query block i attends to the tokens of the key blocks ``kv_indices[...
 - ``pooled``: P further tokens with biases, and bits that say which query blocks see which (`lists`,
   `pooling`): with block means this is the substitute for dropped blocks, in the same softmax.
 
-Ids outside the keys contribute nothing, counts are clamped to the list, a row without keys gives
-zeros and a log-sum-exp of -inf. The log-sum-exp is natural.
+Ids outside the keys or the masks contribute nothing, counts are clamped to the list, a row without
+keys gives zeros and a log-sum-exp of -inf. The log-sum-exp is natural.
 
 dtype: float64 inputs are computed in float64, everything else accumulates in float32; the output
 has q's dtype. Cost: 4 D FLOPs per kept (query, key) pair, 10 D in `backward`; memory of one query
@@ -87,8 +87,10 @@ def _query_blocks(
                 if partial is not None and some[b][h][i] > 0:
                     used = slice(0, some[b][h][i])
                     more = _positions(some_lists[b, h, i, used], block_k, n_k, block_lengths)
-                    bits = unpack_bits(partial.masks[mask_ids[b, h, i, used]], block_k)[:, :rows]
-                    seen = bits.transpose(0, 1)[:, more >= 0]
+                    which = mask_ids[b, h, i, used]
+                    known = (which >= 0) & (which < partial.masks.shape[0])
+                    bits = unpack_bits(partial.masks[torch.where(known, which, 0)], block_k)
+                    seen = (bits & known[:, None, None])[:, :rows].transpose(0, 1)[:, more >= 0]
                     more = more[more >= 0]
                     hidden = seen.new_zeros(seen.shape, dtype=accumulate)
                     hidden.masked_fill_(~seen, float("-inf"))
