@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -80,6 +81,13 @@ class SmallDiT(nn.Module):
 def small_dit(device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: int) -> SmallDiT:
     torch.manual_seed(0)
     return SmallDiT(**sizes).to(device, dtype).eval().requires_grad_(False)
+
+
+@lru_cache
+def shared_plan(branches: int = 1) -> Plan:
+    """The plan of `small_dit()`, whose weights are the same each time; made once."""
+    model = small_dit()
+    return plan_for(model, arguments(model), branches=branches)
 
 
 def arguments(

@@ -16,19 +16,27 @@ from ditopt.plan import Cache, Plan
 from ditopt.torch_backend import compiled_graphs
 
 from .oracle import Oracle
-from .small_dit import CACHE, TIMESTEPS, SmallDiT, arguments, plan_for, small_dit
+from .small_dit import (
+    CACHE,
+    TIMESTEPS,
+    SmallDiT,
+    arguments,
+    plan_for,
+    shared_plan,
+    small_dit,
+)
 
-PLAN_MADE_FULL, PLAN_SKIPS = len(CACHE.full), len(CACHE.coefficients)
+SLOW = pytest.mark.slow
 
 
 class Compiled:
     """A small model, compiled by a plan, beside its oracle."""
 
     def __init__(
-        self, model: SmallDiT | None = None, plan: Plan | None = None, **parts: Any
+        self, model: SmallDiT | None = None, plan: Plan | None = None, branches: int = 1
     ) -> None:
         self.model = model or small_dit()
-        self.plan = plan or plan_for(self.model, arguments(self.model), **parts)
+        self.plan = plan or shared_plan(branches)
         self.oracle = Oracle(self.model, self.plan.cache or CACHE)
         self.before = stats(self.model)
         torch.compiler.reset()
@@ -87,8 +95,9 @@ def test_a_run_and_the_next_one(batch: int) -> None:
     assert made.doubts == {}
 
 
-@pytest.mark.parametrize("in_session", [False, True])
-@pytest.mark.parametrize("branches", [2, 3])
+@pytest.mark.parametrize(
+    ("branches", "in_session"), [(2, False), pytest.param(3, True, marks=SLOW)]
+)
 def test_guidance_one_branch_after_the_other(branches: int, in_session: bool) -> None:
     made = Compiled(branches=branches)
     prompts = [arguments(made.model, seed=n)["encoder_hidden_states"] for n in range(branches)]
@@ -130,8 +139,9 @@ def test_guidance_as_a_batch_that_is_halved_mid_run() -> None:
     assert made.doubts == {"joined_late": 2}
 
 
-@pytest.mark.parametrize("in_session", [False, True])
-@pytest.mark.parametrize("delay", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("in_session", "delay"), [(False, 1), pytest.param(True, 0, marks=SLOW), (True, 3)]
+)
 def test_interleaved_requests(in_session: bool, delay: int) -> None:
     made = Compiled()
     given = {name: arguments(made.model, seed=n) for n, name in enumerate("ab")}
@@ -147,7 +157,8 @@ def test_interleaved_requests(in_session: bool, delay: int) -> None:
 def test_heun_calls_twice_a_step() -> None:
     times = (900.0, 700.0, 700.0, 450.0, 450.0, 200.0, 200.0)
     cache = Cache(full=(0, 1, 2, 4), history=2, coefficients=dict.fromkeys((3, 5, 6), (1.5, -0.5)))
-    made = Compiled(timesteps=times, cache=cache)
+    model = small_dit()
+    made = Compiled(model, plan_for(model, arguments(model), timesteps=times, cache=cache))
     for seed in range(2):
         given = arguments(made.model, seed=seed)
         for call, t in enumerate(times):
@@ -158,7 +169,7 @@ def test_heun_calls_twice_a_step() -> None:
 def test_two_experts_each_with_its_part_of_the_trajectory() -> None:
     """As Wan2.2: one model down to the boundary, the other one from there on."""
     early, late = TIMESTEPS, tuple(t / 8 for t in TIMESTEPS)
-    high = Compiled(timesteps=early)
+    high = Compiled()
     low_model = small_dit(layers=3)
     low_plan = plan_for(low_model, arguments(low_model), timesteps=late)
     compile_again = torch.compile(high.model, backend="ditopt_eager", options={"plan": high.plan})
@@ -321,10 +332,10 @@ def merge(model: nn.Module, how: str) -> None:
             raise AssertionError(how)
 
 
-SWAPS = ["one_in_place", "one_fused", "one_replaced", "data_replaced", "without_a_trace"]
+SWAPS = ["one_in_place", "one_fused", "data_replaced", "without_a_trace", "all_assigned"]
 
 
-@pytest.mark.parametrize("how", [*SWAPS, "all_assigned"])
+@pytest.mark.parametrize("how", [*SWAPS, pytest.param("one_replaced", marks=SLOW)])
 def test_weights_swapped_in_mid_run(how: str) -> None:
     made = Compiled()
     given = arguments(made.model)
@@ -376,12 +387,13 @@ def maybe_fail(x: Tensor) -> Tensor:
 maybe_fail.register_fake(torch.empty_like)
 
 
-@pytest.mark.parametrize("in_session", [False, True])
-@pytest.mark.parametrize("failing", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("failing", "in_session"), [pytest.param(0, True, marks=SLOW), (1, False), (3, True)]
+)
 def test_an_exception_in_mid_run(failing: int, in_session: bool) -> None:
     model = small_dit()
     model.blocks[1].norm = nn.Sequential(model.blocks[1].norm, Breaks())
-    made = Compiled(model)
+    made = Compiled(model, plan_for(model, arguments(model)))
     given = arguments(model)
 
     def run(name: str, fails: int | None) -> None:

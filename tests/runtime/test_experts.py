@@ -56,6 +56,7 @@ def test_parts_run_the_whole_loop_and_hold_one_denoiser() -> None:
     assert one.parts() == {"model": one}
 
 
+@pytest.mark.slow
 def test_each_part_is_profiled_on_its_own_calls(tmp_path: Path) -> None:
     def no_costs(*args: Any) -> Costs:
         return Costs(dense_call_ms=1.0, skip_call_ms=0.1, attention=())

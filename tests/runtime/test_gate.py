@@ -34,7 +34,7 @@ from ditopt.runtime.history import sources_of
 from ditopt.runtime.schedule import MAX_GAIN
 from ditopt.torch_backend import compiled_graphs
 
-from .small_dit import CACHE, arguments, plan_for, sample, small_dit
+from .small_dit import CACHE, arguments, plan_for, sample, shared_plan, small_dit
 from .test_cuda_graphs import Replayer
 
 TIMESTEPS = [900.0, 800.0, 700.0, 600.0, 500.0, 400.0, 300.0, 200.0]
@@ -420,24 +420,30 @@ def test_a_gate_without_calls_to_skip_is_refused() -> None:
 
 
 def test_a_plan_with_a_gate_survives_a_file(tmp_path: Path) -> None:
-    model = small_dit()
-    plan = plan_for(model, arguments(model), cache=gated_cache(kind="prediction", threshold=0.01))
+    plan = gated_plan(kind="prediction", threshold=0.01)
     plan.save(tmp_path / "plan.yaml")
     assert type(plan).load(tmp_path / "plan.yaml") == plan
 
 
-@pytest.mark.parametrize("kind", ["first_block", "prediction", "input"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("first_block", marks=pytest.mark.slow),
+        "prediction",
+        pytest.param("input", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_models_with_open_and_shut_gates(kind: str) -> None:
     model = small_dit()
     given = arguments(model)
     expected = sample(model, given)
-    static = compile_with(model, plan_for(model, given))
+    static = compile_with(model, shared_plan())
     skipping = sample(static, given)
 
-    shut = plan_for(model, given, cache=gated_cache(kind=kind, threshold=1e-9))
+    shut = gated_plan(kind=kind, threshold=1e-9)
     for result, wanted in zip(sample(compile_with(model, shut), given), expected, strict=True):
         assert torch.equal(result, wanted)
-    opened = plan_for(model, given, cache=gated_cache(kind=kind, threshold=1e9))
+    opened = gated_plan(kind=kind, threshold=1e9)
     compiled = compile_with(model, opened)
     for result, wanted in zip(sample(compiled, given), skipping, strict=True):
         assert torch.equal(result, wanted)
@@ -449,6 +455,10 @@ def test_compiled_models_with_open_and_shut_gates(kind: str) -> None:
     assert stats(model)["gated_steps"] >= 3
 
 
+def gated_plan(**gate: Any) -> Any:
+    return shared_plan().model_copy(update={"cache": gated_cache(**gate)})
+
+
 def compile_with(model: Any, plan: Any, backend: str = "ditopt_eager") -> Any:
     torch.compiler.reset()
     return torch.compile(model, backend=backend, fullgraph=True, options={"plan": plan})
@@ -457,11 +467,12 @@ def compile_with(model: Any, plan: Any, backend: str = "ditopt_eager") -> Any:
 def test_more_blocks_than_there_are_leave_nothing_to_skip() -> None:
     model = small_dit()
     given = arguments(model)
-    plan = plan_for(model, given, cache=gated_cache(kind="first_block", threshold=0.1, blocks=4))
+    plan = gated_plan(kind="first_block", threshold=0.1, blocks=4)
     with pytest.raises(Exception, match=r"cache\.gate\.blocks: the stack has 4 blocks, so 4 leave"):
         sample(compile_with(model, plan), given)
 
 
+@pytest.mark.slow
 def test_inductor_programs_do_not_cross_the_probe() -> None:
     for threshold, overridden, limit in ((1e-9, 3, 1e-4), (1e9, 0, 0.1)):
         model = small_dit(layers=3)
