@@ -9,7 +9,9 @@ import torch
 from torch import fx
 
 from ditopt.backends import inductor
-from ditopt.kernels.block_sparse_attention import dispatch, fa4, flex, ops  # noqa: F401
+from ditopt.kernels.block_sparse_attention import cpu_native, dispatch, flex
+from ditopt.kernels.block_sparse_attention import fa4 as fa4  # registers the operator
+from ditopt.kernels.block_sparse_attention import ops as ops
 from ditopt.passes.base import EXECUTOR
 from ditopt.sites import SDPA
 
@@ -45,7 +47,11 @@ def test_the_chosen_executor_stands_in_the_graph(executor: str, target: Any) -> 
     assert node.args[5:] == (128, 128, 0.125)
 
 
-def test_without_a_choice_the_shape_decides() -> None:
+def test_without_a_choice_the_shape_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    declined = dispatch.reasons_to_decline(torch.zeros(1, 2, 1024, 64), 128, 128)
+    target = flex.block_sparse_attention if "cpu" in declined else SPARSE
+    assert lowered(SPARSE, 128, 128, 0.125).target is target
+    monkeypatch.setattr(cpu_native, "reason_to_decline", lambda q: "no compiler")
     assert lowered(SPARSE, 128, 128, 0.125).target is flex.block_sparse_attention
 
 

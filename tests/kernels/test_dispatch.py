@@ -152,7 +152,7 @@ def test_measured_tables_are_complete() -> None:
 
 def test_reasons_on_a_cpu() -> None:
     declined = dispatch.reasons_to_decline(torch.zeros(1, 1, 8, 64), 128, 128)
-    assert set(declined) == {"gluon", "fa4", "triton"}
+    assert {"gluon", "fa4", "triton"} <= set(declined) <= {"gluon", "fa4", "triton", "cpu"}
     assert declined["fa4"] == "FlashAttention-4 needs q on a CUDA device, got cpu"
     assert "float64" in dispatch.reasons_to_decline(torch.zeros(1, 1, 8, 64).double(), 8, 8)["flex"]
 

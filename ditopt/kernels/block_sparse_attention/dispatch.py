@@ -20,7 +20,7 @@ from .configs import costs_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFERENCE = ("gluon", "fa4", "flex", "triton", "cpu")
+PREFERENCE = ("gluon", "fa4", "cpu", "flex", "triton")
 """Order where nothing was measured: see the README for the figures behind it."""
 DENSE = ("sdpa", "fa4_dense")
 
@@ -178,7 +178,7 @@ def _tail(declined: Mapping[str, str]) -> str:
 
 def reasons_to_decline(q: Tensor, block_q: int, block_k: int) -> dict[str, str]:
     """Why executors cannot run a call with such a ``q``, by name; those not named can."""
-    from . import fa4, flex, ops_lse
+    from . import cpu_native, fa4, flex, ops_lse
 
     on_cuda = q.device.type == "cuda"
     found = {
@@ -186,7 +186,7 @@ def reasons_to_decline(q: Tensor, block_q: int, block_k: int) -> dict[str, str]:
         "fa4": fa4.reason_to_decline(q, block_q, block_k),
         "flex": flex.reason_to_decline(q, block_q, block_k),
         "triton": ops_lse.reason_to_decline_triton(q, block_q, block_k),
-        "cpu": "cpu.py needs a CPU" if on_cuda else None,
+        "cpu": cpu_native.reason_to_decline(q),  # its fallback is slower than FlexAttention
     }
     if on_cuda:
         from . import hopper  # needs Triton
