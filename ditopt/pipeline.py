@@ -20,6 +20,7 @@ from ditopt.backends.aoti import AotiExporter
 from ditopt.backends.eager import EagerBackend
 from ditopt.backends.inductor import InductorBackend
 from ditopt.backends.onnx import OnnxExporter
+from ditopt.backends.tensorrt import TensorRTExporter
 from ditopt.errors import BackendUnavailable, CaptureError, ConfigError, did_you_mean
 from ditopt.files import write_text
 from ditopt.graph import fake_value, output_nodes, placeholders, readable, verify
@@ -52,7 +53,11 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 BACKENDS: dict[str, Backend] = {"eager": EagerBackend(), "inductor": InductorBackend()}
-EXPORTERS: dict[str, Exporter] = {"pt2": AotiExporter(), "onnx": OnnxExporter()}
+EXPORTERS: dict[str, Exporter] = {
+    "pt2": AotiExporter(),
+    "onnx": OnnxExporter(),
+    "tensorrt": TensorRTExporter(),
+}
 
 
 def exporter(name: str) -> Exporter:

@@ -5,6 +5,7 @@
 | complex numbers (RoPE as `view_as_complex`) | no complex operators | pairs of real tensors |
 | `squeeze(dim)` of an axis longer than 1 | the operator forbids it | nothing: it does nothing |
 | masks [B, 1, 1, K] of attention | onnxruntime wants a row per query | expanded |
+| attention to no key at all | onnxruntime refuses it | zeros |
 | `where` of truth values | onnxruntime has no such kernel | and, or, not |
 | block-sparse attention | an operator of ditopt's own | attention under the lists' mask |
 """
@@ -164,7 +165,9 @@ def _has_pair(args: Any) -> bool:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
 ) -> Tensor:
-    """The same with a mask row for each query."""
+    """The same with a mask row for each query; without any key it is zeros, as in PyTorch."""
+    if k.shape[-2] == 0:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
     if attn_mask is not None and attn_mask.shape[-2] != q.shape[-2]:
         attn_mask = attn_mask.expand(*attn_mask.shape[:-2], q.shape[-2], k.shape[-2])
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, *rest, **options)

@@ -55,7 +55,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ditopt_engine: Literal[1] = 1
-    format: Literal["pt2", "onnx"]
+    format: Literal["pt2", "onnx", "tensorrt"]
     name: Text
     architecture: Sha256
     weights: Sha256

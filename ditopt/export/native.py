@@ -25,6 +25,8 @@ def load_native(path: Path) -> Native:
     """
     if path.suffix == ".onnx":
         return _load_onnx(path)
+    if path.suffix == ".ep":
+        return _load_tensorrt(path)
     try:
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
     except (RuntimeError, OSError) as error:
@@ -54,7 +56,27 @@ def _load_onnx(path: Path) -> Native:
 
     def run(arguments: list[Tensor]) -> list[Tensor]:
         fed = {n: a.contiguous().numpy() for n, a in zip(names, arguments, strict=True)}
-        return [torch.from_numpy(value) for value in session.run(None, fed)]
+        try:
+            return [torch.from_numpy(value) for value in session.run(None, fed)]
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            raise EngineError(f"{path.name}: onnxruntime fails: {lines[0][:300]}") from error
+
+    return run
+
+
+def _load_tensorrt(path: Path) -> Native:
+    try:
+        import torch_tensorrt  # noqa: F401  (registers what the file holds)
+    except Exception as error:  # it raises a bare Exception without TensorRT's libraries
+        raise BackendUnavailable(
+            f"this engine runs in TensorRT, and torch_tensorrt cannot be imported: {error}",
+            remedy="pip install torch-tensorrt, with TensorRT's libraries.",
+        ) from error
+    program = torch.export.load(str(path)).module()
+
+    def run(arguments: list[Tensor]) -> list[Tensor]:
+        return list(program(*arguments))
 
     return run
 

@@ -98,6 +98,7 @@ class Engine:
 
 
 def main() -> None:
+    """Run the calls of a file."""
     folder, calls, out = map(Path, sys.argv[1:4])
     engine, given = Engine(folder), load_file(str(calls))
     results = {}

@@ -45,7 +45,7 @@ def test_positional_arguments_and_other_strides_are_the_same_call(
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("hidden_states", lambda x: x[:, :, :6], r"float32\[1, 3, 8, 8\] on cpu, got float32\[1, 3, 6"),
+        ("hidden_states", lambda x: x[:, :, :6], r"float32\[1, 3, 8, 8\].*got float32\[1, 3, 6"),
         ("hidden_states", lambda x: x.double(), "got float64"),
         ("encoder_hidden_states", lambda x: x[:, :4], r"got float32\[1, 4, 8\]"),
         ("timestep", lambda x: 900.0, "expected a tensor"),
@@ -85,7 +85,7 @@ def test_it_looks_like_the_model(engine: Any, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("wanted", ["cuda", torch.bfloat16, torch.device("cuda:1")])
 def test_it_does_not_pretend_to_move(engine: Any, wanted: Any) -> None:
-    with pytest.raises(EngineError, match="the engine runs in torch.float32 on cpu"):
+    with pytest.raises(EngineError, match=r"the engine runs in torch\.float32 on cpu"):
         engine.to(wanted)
 
 
