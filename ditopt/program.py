@@ -17,7 +17,6 @@ from torch import fx
 from ditopt.assembly import BoundPiece, assemble, function_of
 from ditopt.derived import DerivedWeights
 from ditopt.errors import PlanError
-from ditopt.executors import DENSE, choose_executors
 from ditopt.graph import placeholders
 from ditopt.hoist import hoist
 from ditopt.hoist_body import SizeInput
@@ -26,21 +25,17 @@ from ditopt.passes.base import (
     BlockLists,
     ForcedBlocks,
     FusedWeight,
-    HierarchicalChoice,
     LinearOperand,
     NodeDecision,
-    OnlineChoice,
-    PassContext,
-    RemainderChoice,
     RemainderProjection,
-    SparseChoice,
     TokenPermutation,
 )
+from ditopt.piece_choices import PieceChoices
 from ditopt.pipeline import PassRunner
 from ditopt.report import Decision
 from ditopt.runtime.memo import Memo
 from ditopt.site_inputs import Choice as SiteChoice
-from ditopt.site_inputs import HeadChoice, SearchChoice, SelectorChoice, block_input
+from ditopt.site_inputs import SearchChoice, block_input
 from ditopt.sites import AttentionSite, LinearSite, instance_path
 from ditopt.stack import find_probe, find_stack
 from ditopt.stack_order import order_stack
@@ -55,6 +50,7 @@ if TYPE_CHECKING:
     from ditopt.infer_layout import Grid
     from ditopt.kernels.block_sparse_attention.dispatch import Choice
     from ditopt.linear_choices import Statistics
+    from ditopt.passes.base import PassContext
     from ditopt.quantization import LinearRule
     from ditopt.runtime import InputRoles, Programs
     from ditopt.stack import Stack
@@ -338,75 +334,17 @@ class ProgramBuilder:
         return tuple(sorted(slot for slot in touched - later if slot >= first_free))
 
     def _part(self, index: int, piece: Piece, phase: Phase) -> Part:
-        sparse: dict[str, HeadChoice] = {}
-        online: dict[str, SelectorChoice] = {}
-        searched: dict[str, SearchChoice] = {}
-        declined: dict[str, str] = {}
-        for node in piece.body.gm.graph.nodes:
-            site = self._sites.get((index, node.name))
-            choice = phase.choices.get(site.id) if site is not None else None
-            if isinstance(choice, HeadChoice):
-                sparse[node.name] = choice
-            elif isinstance(choice, SelectorChoice):
-                online[node.name] = choice
-            elif isinstance(choice, SearchChoice):
-                searched[node.name] = choice
-            elif isinstance(choice, str):
-                declined[node.name] = choice
-        executors = choose_executors(piece.body.gm.graph.nodes, {**sparse, **online})
-        for node, executor in executors.items():
-            self._decide_executor(self._sites[index, node], node, executor)
-            if executor.executor in DENSE:
-                del sparse[node]
+        sites = {node: site for (k, node), site in self._sites.items() if k == index}
+        why_apart = None if index in self._in_order else self._why_apart
+        chosen = PieceChoices.of(piece.body.gm.graph.nodes, sites, phase.choices, why_apart)
+        for node, executor in chosen.executors.items():
+            self._decide_executor(sites[node], node, executor)
         own = frozenset(k for k, slot in enumerate(piece.inputs) if self._is_own(slot))
-        choices: dict[str, SiteChoice] = {**sparse, **online, **searched}
-        reordered = {
-            node: f"tokens in {choice.order.kind} order around this attention: {self._why_apart}"
-            for node, choice in choices.items()
-            if choice.order is not None and index not in self._in_order
-        }
-        remainders = {
-            node: RemainderChoice(choice.remainder.phi, tuple(choice.remainder.projection.shape))
-            for node, choice in choices.items()
-            if not isinstance(choice, SearchChoice) and choice.remainder is not None
-        }
         linear = self._linear_rules(index, piece, phase)
-        # A selector's rule is written into the program; lists and patterns are passed in.
-        rules = frozenset(
-            (node, choice.selector)
-            for node, choice in choices.items()
-            if not isinstance(choice, HeadChoice)
-        )
-        lowered = frozenset(
-            (node, e.executor, e.dense_heads)
-            for node, e in executors.items()
-            if e.executor not in DENSE
-        )
-        key = (
-            piece.body.key,
-            frozenset(sparse),
-            rules,
-            lowered,
-            frozenset(reordered),
-            frozenset(declined),
-            frozenset(remainders.items()),
-            frozenset(linear.items()),
-            own,
-        )
+        key = (piece.body.key, chosen.key, frozenset(linear.items()), own)
         if key not in self._rewritten:
-            self._rewritten[key] = self._rewrite(
-                piece,
-                index,
-                sparse,
-                online,
-                searched,
-                executors,
-                reordered,
-                declined,
-                remainders,
-                linear,
-                own,
-            )
+            ctx = chosen.context(self.options, linear, own)
+            self._rewritten[key] = self._rewrite(piece, ctx)
         done = self._rewritten[key]
         self._tell(piece, index, done.decisions)
         given = zip(piece.inputs, placeholders(done.gm), strict=False)
@@ -416,48 +354,15 @@ class ProgramBuilder:
             gm=done.gm,
             inputs=piece.inputs,
             outputs=piece.outputs,
-            extras=tuple(self._extra(spec, piece, index, choices) for spec in done.extras),
+            extras=tuple(self._extra(spec, piece, index, chosen.choices) for spec in done.extras),
             kernels=sum(
                 isinstance(spec, ForcedBlocks) or (isinstance(spec, BlockLists) and spec.part == 0)
                 for spec in done.extras
             ),
         )
 
-    def _rewrite(
-        self,
-        piece: Piece,
-        index: int,
-        sparse: Mapping[str, HeadChoice],
-        online: Mapping[str, SelectorChoice],
-        searched: Mapping[str, SearchChoice],
-        executors: Mapping[str, Choice],
-        reordered: Mapping[str, str],
-        declined: Mapping[str, str],
-        remainders: Mapping[str, RemainderChoice],
-        linear: Mapping[str, LinearRule | str],
-        own: frozenset[int],
-    ) -> Rewritten:
+    def _rewrite(self, piece: Piece, ctx: PassContext) -> Rewritten:
         gm = fx.GraphModule(piece.body.gm, copy.deepcopy(piece.body.gm.graph))
-        ctx = PassContext(
-            options=self.options,
-            sparse={
-                node: self._sparse_choice(index, node, choice, executors[node])
-                for node, choice in sparse.items()
-            },
-            online={
-                node: self._online_choice(index, node, choice, executors[node])
-                for node, choice in online.items()
-            },
-            hierarchical={
-                node: self._hierarchical_choice(index, node, choice)
-                for node, choice in searched.items()
-            },
-            reordered=reordered,
-            declined=declined,
-            remainders=remainders,
-            linear=linear,
-            own=own,
-        )
         decisions = self._runner.run(gm, ctx, piece.path or piece.kind)
         specs = (node.meta.get("ditopt") for node in placeholders(gm))
         return Rewritten(gm, tuple(spec for spec in specs if spec is not None), decisions)
@@ -496,35 +401,6 @@ class ProgramBuilder:
             self._told.add((site.id, "attention_executor", choice.reason))
             decision = Decision(site.id, "attention_executor", True, choice.reason, (node,))
             self.decisions.append(decision)
-
-    def _sparse_choice(
-        self, index: int, node: str, choice: HeadChoice, executor: Choice
-    ) -> SparseChoice:
-        site = self._sites[index, node]
-        blocks, sizes = (choice.block_q, choice.block_k), (site.tokens_q, site.tokens_k)
-        return SparseChoice(
-            *blocks, len(choice.patterns), *sizes, executor.executor, executor.dense_heads
-        )
-
-    def _online_choice(
-        self, index: int, node: str, choice: SelectorChoice, executor: Choice
-    ) -> OnlineChoice:
-        site = self._sites[index, node]
-        rule, amount = choice.selector.rule
-        blocks = (choice.block_q, choice.block_k)
-        sizes = (site.heads, site.tokens_q, site.tokens_k)
-        return OnlineChoice(
-            rule, amount, choice.selector.minimum, *blocks, *sizes, executor.executor
-        )
-
-    def _hierarchical_choice(
-        self, index: int, node: str, choice: SearchChoice
-    ) -> HierarchicalChoice:
-        site = self._sites[index, node]
-        frames, height, width = choice.grid
-        text = site.tokens_q - frames * height * width if choice.geometry.part == "grid" else 0
-        settings = (choice.selector.top_k, choice.selector.coarse)
-        return HierarchicalChoice(*settings, site.heads, site.tokens_q, text)
 
     def _extra(
         self,
