@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from models import interleave, kernels_of, relative_l2
 from shapes import SHAPES, build
-from torch import Tensor
 
 from ditopt.environment import describe_environment
 from ditopt.quantization import LinearRule, rowwise
+from ditopt.kernels.quantize_rows import ops  # noqa: F401  (registers the operator)
 from ditopt.quantization.layer import compute, derive
 from ditopt.quantization.plans import candidates, uniform_plan
 from ditopt.timing import Spread, synchronize, timed
@@ -148,6 +148,19 @@ def producer(m: int, k: int, kind: str) -> dict[str, Any]:
     }
     if CUDA:
         row["kernels"] = kernels_of(lambda: rounded(x))["count"]
+        torch._dynamo.reset()
+        best = torch.compile(
+            lambda x: rowwise.quantize_rows(before(x).reshape(-1, k), 448.0, FP8),
+            dynamic=False,
+            options={"triton.multi_kernel": 1},
+        )
+        best(x)
+        row["fp8_best_of_loop_and_register_ms"] = milliseconds(lambda: best(x))
+        if kind != "norm":
+            parts, names = [x.view(m, k)], ["gelu_tanh" if kind == "gelu" else "none"]
+            row["fp8_own_kernel_ms"] = milliseconds(
+                lambda: torch.ops.ditopt.quantize_rows(parts, names, FP8)
+            )
     return row
 
 
@@ -171,6 +184,10 @@ def model_process(name: str, folder: Path, rounds: int, tiny: bool) -> None:
             "torch.compile": {},
             "ditopt": {"backend": "ditopt"},
             "ditopt, fp8": {"backend": "ditopt", "options": {"plan": plan}},
+            "ditopt, fp8, own rounding": {
+                "backend": "ditopt",
+                "options": {"plan": plan, "rounding_kernel": True},
+            },
         }
         if name in LONG:
             del variants["ditopt"]

@@ -21,6 +21,8 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from ditopt.graph import arguments, erase_unused, fake_value, placeholders
+from ditopt.kernels.quantize_rows import ops as _rounding  # noqa: F401  (registers the operator)
+from ditopt.kernels.quantize_rows.ops import MOST_COLUMNS, MOST_PARTS
 from ditopt.passes.base import (
     MEMBERS,
     FusedWeight,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from ditopt.quantization import LinearRule
 
 aten = torch.ops.aten
+QUANTIZE = torch.ops.ditopt.quantize_rows.default
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,10 @@ def _quantize(
         return False, str(reason)
     native = missing_hardware(rule.format, fake_value(node).device) is None
     text = _describe(rule, native, len(members))
-    _rewrite(gm, layer, native)
-    return True, text
+    rounded = ctx.options.rounding_kernel and rule.transform == "none"
+    sources = _row_sources(node) if rounded and rule.format in ROW_FORMATS else None
+    _rewrite(gm, layer, native, sources)
+    return True, text if sources is None else f"{text}, rounded by quantize_rows"
 
 
 def _sources(
@@ -147,7 +152,46 @@ def _describe(rule: LinearRule, native: bool, members: int) -> str:
     return text if members == 1 else f"{text}, {members} layers in one"
 
 
-def _rewrite(gm: fx.GraphModule, layer: _Layer, native: bool) -> None:
+def _row_sources(node: fx.Node) -> list[tuple[fx.Node, str]] | None:
+    """What the layer's input consists of, with the activation before each part.
+
+    None where the kernel has nothing to take in: the compiler fuses a norm better, since it adds
+    the residual in the same kernel.
+    """
+    x = arguments(node)[0]
+    parts = [x]
+    if x.target is aten.cat.default and len(x.users) == 1:
+        axis = arguments(x)[1] if len(arguments(x)) > 1 else 0
+        parts = arguments(x)[0] if axis in (-1, fake_value(x).dim() - 1) else [x]
+    found = [(part, "none") if (a := _activation(part)) is None else a for part in parts]
+    return found if x is not found[0][0] and held_shapes(found) else None
+
+
+def held_shapes(found: list[tuple[fx.Node, str]]) -> bool:
+    """Whether one program of the kernel can hold a row."""
+    columns = [fake_value(part).shape[-1] for part, _ in found]
+    return len(columns) <= MOST_PARTS and all(k <= MOST_COLUMNS for k in columns)
+
+
+def _activation(x: fx.Node) -> tuple[fx.Node, str] | None:
+    """The input and the name of an activation that nobody else reads."""
+    if len(x.users) > 1:
+        return None
+    if x.target is aten.silu.default:
+        return arguments(x)[0], "silu"
+    if x.target is aten.gelu.default:
+        given = arguments(x)
+        kind = x.kwargs.get("approximate", given[1] if len(given) > 1 else "none")
+        return given[0], "gelu_tanh" if kind == "tanh" else "gelu"
+    return None
+
+
+def _rewrite(
+    gm: fx.GraphModule,
+    layer: _Layer,
+    native: bool,
+    sources: list[tuple[fx.Node, str]] | None = None,
+) -> None:
     node, rule = layer.node, layer.rule
     x, weight, *rest = arguments(node)
     fake, w = fake_value(x), fake_value(weight)
@@ -161,12 +205,15 @@ def _rewrite(gm: fx.GraphModule, layer: _Layer, native: bool) -> None:
     bias = fx.Proxy(rest[0], tracer) if rest and rest[0] is not None else None
     before = set(gm.graph.nodes)
     with gm.graph.inserting_before(node):
-        flat = fx.Proxy(x, tracer)
-        if fake.dim() != 2:
+        first = fx.Proxy(x if sources is None else sources[0][0], tracer)
+        flat = first
+        if fake.dim() != 2 and sources is None:
             flat = aten.reshape.default(flat, [-1, k])
-        y = compute(rule, flat, made, bias, n=n, k=k, dtype=fake.dtype, native=native)
+        rounded = None if sources is None else _rounded(sources, rule, tracer)
+        sizes = {"n": n, "k": k, "dtype": fake.dtype}
+        y = compute(rule, flat, made, bias, **sizes, native=native, rounded=rounded)
         if fake.dim() != 2:
-            y = aten.reshape.default(y, [*_leading(fx.Proxy(x, tracer), fake), n])
+            y = aten.reshape.default(y, [*_leading(first, fake), n])
     for created in gm.graph.nodes:
         if created not in before and "nn_module_stack" in node.meta:
             created.meta["nn_module_stack"] = node.meta["nn_module_stack"]
@@ -174,9 +221,29 @@ def _rewrite(gm: fx.GraphModule, layer: _Layer, native: bool) -> None:
     y.node.meta.pop(MEMBERS, None)
     node.replace_all_uses_with(y.node)
     gm.graph.erase_node(node)
+    if sources is not None:  # the activations and the concatenation are inside the kernel now
+        erase_unused(gm.graph, _behind(x))
     # A merged weight that nobody reads any more is not to be made.
     merged = [a for a in (weight, *rest) if isinstance(a, fx.Node) and "ditopt" in a.meta]
     erase_unused(gm.graph, merged)
+
+
+def _rounded(
+    sources: list[tuple[fx.Node, str]], rule: LinearRule, tracer: GraphAppendingTracer
+) -> tuple[fx.Proxy, fx.Proxy]:
+    """Numbers and scales by `kernels.quantize_rows`."""
+    parts = [
+        aten.reshape.default(fx.Proxy(part, tracer), [-1, fake_value(part).shape[-1]])
+        for part, _ in sources
+    ]
+    names = [name for _, name in sources]
+    pair = QUANTIZE(parts, names, ROW_FORMATS[rule.format].dtype)
+    return pair[0], pair[1]
+
+
+def _behind(x: fx.Node) -> list[fx.Node]:
+    """A concatenation or activation and what it reads, in the order of the graph."""
+    return [*x.all_input_nodes, x]
 
 
 def _leading(x: fx.Proxy, fake: Any) -> list[Any]:

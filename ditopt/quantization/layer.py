@@ -114,6 +114,7 @@ def compute(
     k: int,
     dtype: torch.dtype,
     native: bool,
+    rounded: tuple[Any, Any] | None = None,
 ) -> Any:
     """The layer's result [M, N].
 
@@ -126,6 +127,7 @@ def compute(
         k: K.
         dtype: of x and of the result.
         native: whether the device multiplies the format itself.
+        rounded: numbers and scales of x for an 8-bit format, where they were made elsewhere.
     """
     bias = made.get("bias", bias)
     if rule.transform != "none":
@@ -133,7 +135,7 @@ def compute(
         x = transforms.apply(wide, rule.transform, made, k)
     row = ROW_FORMATS.get(rule.format)
     if row is not None:
-        return row.multiply(x, made, bias, dtype, native=native)
+        return row.multiply(x, made, bias, dtype, native=native, rounded=rounded)
     if rule.format == "none":
         x = x if dtype == computing_dtype(dtype) else aten.to.dtype(x, dtype)
         return aten.linear.default(x, made["weight"], bias)

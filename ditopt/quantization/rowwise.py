@@ -73,7 +73,14 @@ class RowFormat:
         return {"weight": numbers, "scale": scale.t().contiguous()}
 
     def multiply(
-        self, x: Any, parts: Mapping[str, Any], bias: Any, out: torch.dtype, *, native: bool
+        self,
+        x: Any,
+        parts: Mapping[str, Any],
+        bias: Any,
+        out: torch.dtype,
+        *,
+        native: bool,
+        rounded: tuple[Any, Any] | None = None,
     ) -> Any:
         """The layer's result [M, N] in dtype `out`.
 
@@ -83,8 +90,9 @@ class RowFormat:
             bias: [N] or None.
             out: dtype of the result.
             native: by the device's 8-bit product; otherwise the same numbers in float32.
+            rounded: numbers and scales of x, where they were made elsewhere.
         """
-        numbers, scale = quantize_rows(x, self.largest, self.dtype)
+        numbers, scale = rounded or quantize_rows(x, self.largest, self.dtype)
         if native and self.dtype.is_floating_point:
             # cuBLASLt's rowwise product gives bf16.
             half = None if bias is None else _cast(bias, torch.bfloat16, out)

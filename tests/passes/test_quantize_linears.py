@@ -229,3 +229,44 @@ def test_can_be_disabled(harness: Any) -> None:
     options = Options(disable=("quantize_linears",))
     decisions = graph.run(options=options, linear=everywhere(graph, INT8))
     assert not any("int8" in d.reason for d in decisions)
+
+
+class Merged(nn.Module):
+    """A layer of one tensor beside an activated other, as in a single-stream block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(48, 16)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gelu = nn.functional.gelu(self.up(x), approximate="tanh")
+        return self.out(nn.functional.silu(self.down(torch.cat([x, gelu], dim=2))))
+
+
+@pytest.mark.parametrize("rule", [INT8, FP8])
+def test_the_rounding_kernel_takes_in_what_comes_before(harness: Any, rule: LinearRule) -> None:
+    module = Merged()
+    plain, fused = harness(module, X), harness(module, X)
+    plain.run(QuantizeLinears(), linear=everywhere(plain, rule))
+    options = Options(rounding_kernel=True)
+    decisions = fused.run(QuantizeLinears(), linear=everywhere(fused, rule), options=options)
+    by_kernel = [d.reason.endswith("rounded by quantize_rows") for d in decisions]
+    assert by_kernel == [False, True, True]  # nothing stands before the first layer
+    calls = fused.nodes(torch.ops.ditopt.quantize_rows.default)
+    assert [call.args[1] for call in calls] == [["none", "gelu_tanh"], ["silu"]]
+    for gone in (aten.gelu.default, aten.silu.default, aten.cat.default):
+        assert not fused.nodes(gone)
+    torch.testing.assert_close(result(fused), result(plain), atol=1e-5, rtol=1e-5)
+
+
+def test_an_activation_that_others_read_stays(harness: Any) -> None:
+    def call(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        y = nn.functional.silu(x)
+        return linear(y, w) + y
+
+    graph = harness(Custom(call), X)
+    options = Options(rounding_kernel=True)
+    (decision,) = graph.run(QuantizeLinears(), linear=everywhere(graph, INT8), options=options)
+    assert decision.reason == "int8_row by _int_mm"
+    assert graph.nodes(aten.silu.default)
