@@ -34,8 +34,8 @@ from models import interleave, kernels_of, relative_l2
 from shapes import SHAPES, build
 
 from ditopt.environment import describe_environment
-from ditopt.quantization import LinearRule, rowwise
 from ditopt.kernels.quantize_rows import ops  # noqa: F401  (registers the operator)
+from ditopt.quantization import LinearRule, rowwise
 from ditopt.quantization.layer import compute, derive
 from ditopt.quantization.plans import candidates, uniform_plan
 from ditopt.timing import Spread, synchronize, timed
