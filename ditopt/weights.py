@@ -37,8 +37,15 @@ class DerivedTensors:
         self._released = False
 
     def reader(self, name: str) -> Callable[[Sequence[Any]], Tensor]:
-        """A function from the environment to one of the tensors; the same for the same name."""
-        return self._readers.setdefault(name, partial(self._get, name))
+        """A function from the environment to one of the tensors; the same for the same name.
+
+        A program reads all of them, in the order in which their readers were made; the first one
+        looks at the originals.
+        """
+        if name not in self._readers:
+            looks = not self._readers
+            self._readers[name] = partial(self._get if looks else self._get_beside, name)
+        return self._readers[name]
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +73,9 @@ class DerivedTensors:
                     part.untyped_storage().resize_(0)
                 self._released = True
         return self._values[name]
+
+    def _get_beside(self, name: str, env: Sequence[Any]) -> Tensor:
+        return self._values[name] if self._seen is not None else self._get(name, env)
 
     def _refresh(self, parts: list[Tensor]) -> None:
         with torch.no_grad():
