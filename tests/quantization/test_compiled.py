@@ -63,6 +63,21 @@ def test_every_named_layer_is_rounded(model: Model, backend: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "backend", ["ditopt_eager", pytest.param("ditopt", marks=pytest.mark.slow)]
+)
+def test_the_rounding_kernel_gives_the_same(model: Model, backend: str) -> None:
+    plan = plan_for(model, dict.fromkeys(layers(model), INT8))
+    plain = compiled(model, plan, backend)(X, T[:, 0])
+    torch._dynamo.reset()
+    run = compiled(model, plan, backend, rounding_kernel=True)
+    assert distance(run(X, T[:, 0]), plain) < 1e-5
+    last = compiled_graphs(model)[-1]
+    down = [d.reason for d in last.decisions if d.site == "blocks.0.down"]
+    assert "int8_row by _int_mm, rounded by quantize_rows" in down
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("transform", ["centre", "balance", "rotate"])
 def test_transforms_alone_are_exact(model: Model, transform: str) -> None:
     model.double()
