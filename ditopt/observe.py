@@ -43,7 +43,7 @@ class Observer(Protocol):
 
 
 class LinearObserver(Observer, Protocol):
-    """An observer that is told about linear layers too."""
+    """An observer that is told about the linear layers of the blocks too."""
 
     def linear(
         self, site: LinearSite, source: str, x: Tensor, weight: Tensor, bias: Tensor | None
