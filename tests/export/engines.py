@@ -9,8 +9,10 @@ from torch import nn
 
 from ditopt.backends.aoti import AotiExporter
 from ditopt.export import run
+from ditopt.export.describe import describe
 from ditopt.export.door import Exported, export_model
 from ditopt.export.engine import Engine
+from ditopt.export.link import link
 from ditopt.export.manifest import Manifest
 from ditopt.export.schema import Program
 from ditopt.export.wire import specs_of
@@ -36,16 +38,16 @@ def in_memory(workload: Workload, plan: Any = None, name: str = "model") -> Engi
     """The engine that an export would write, with graphs in the place of native programs."""
     module = workload.models[name]
     door = exported(workload, name)
-    linked = run._link(door, module, plan, None, False)
+    parts = link(door, module, plan, False)
     programs = []
-    for number, gm in enumerate(linked.wired.graphs):
+    for number, gm in enumerate(parts.wired.graphs):
         inputs, outputs = specs_of(gm)
         programs.append(Program(file=f"programs/{number}.pt2", inputs=inputs, outputs=outputs))
     calls = run._sample_calls(workload, name)
-    manifest = run._manifest(module, door, linked, plan, calls[0], programs, AotiExporter())
-    natives = [lambda given, gm=gm: list(gm(*given)) for gm in linked.wired.graphs]
+    manifest = describe(module, door, parts, plan, calls[0], programs, AotiExporter())
+    natives = [lambda given, gm=gm: list(gm(*given)) for gm in parts.wired.graphs]
     device = torch.device("cpu")
-    return Engine(manifest, natives, linked.wired.tensors, plan, device)
+    return Engine(manifest, natives, parts.wired.tensors, plan, device)
 
 
 def text_of(engine: Engine) -> str:
