@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ditopt.errors import WeightError
 from ditopt.quantization.transforms import NEEDS
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ def linear_choices(
         inputs: the values of its first call.
         rules: of one phase of the plan.
         statistics: of the layers' input channels, from the plan's side file.
+
+    Raises:
+        WeightError: an earlier compilation released a weight.
     """
     readers: dict[int, int] = {}
     for piece in captured.pieces:
@@ -81,6 +85,11 @@ def _reason(
         return f"the weight is a {type(weight).__name__}, quantized by another library already"
     if not weight.is_floating_point() or weight.itemsize < 2:
         return f"the weight is {str(weight.dtype).removeprefix('torch.')} already"
+    if weight.numel() and not weight.untyped_storage().size():
+        raise WeightError(
+            f"the weight of {site.id} was let go by an earlier compilation (release_weights)",
+            remedy="Compile once for all shapes (dynamic=True), or switch release_weights off.",
+        )
     if not bool(torch.isfinite(weight.detach()).all()):
         return "the weight holds NaN or infinity"
     return None

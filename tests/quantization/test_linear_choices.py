@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ditopt.errors import WeightError
 from ditopt.linear_choices import linear_choices, statistics_of
 from ditopt.quantization import LinearRule
 from ditopt.sites import LinearSite
@@ -59,6 +60,13 @@ def test_a_plain_parameter_is_taken() -> None:
 )
 def test_reasons(weight: Tensor, changes: dict[str, Any], reason: str) -> None:
     assert choose(weight, **changes) == reason
+
+
+def test_a_released_weight_is_an_error() -> None:
+    weight = torch.ones(4, 4)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(WeightError, match="was let go by an earlier compilation"):
+        choose(weight)
 
 
 def test_layers_that_the_plan_does_not_name_are_passed_over() -> None:
