@@ -1,0 +1,119 @@
+"""The embedded video model as an engine, beside the compiled model that it was made from.
+
+    python benchmarks/engine.py --engines /tmp/engines                    # without a plan
+    python benchmarks/engine.py --plan plan.yaml --loops 5 --engines /tmp/engines
+
+Times one call of the model (the first of the sampling loop) by each in turn; with --loops whole
+sampling loops too, where a plan's skipped calls count. On a busy CPU the processor time of this process
+tells more than the clock, so both are recorded. Engines in --engines are not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ditopt.demo import demo_workload  # noqa: E402
+from ditopt.environment import describe_environment  # noqa: E402
+from ditopt.export.engine import Engine  # noqa: E402
+from ditopt.export.recording import record  # noqa: E402
+from ditopt.export.run import export  # noqa: E402
+from ditopt.export.verify import worst_error  # noqa: E402
+from ditopt.files import write_json  # noqa: E402
+from ditopt.plan import Plan  # noqa: E402
+from ditopt.timing import timed  # noqa: E402
+from ditopt.workload import load_workload  # noqa: E402
+
+SEED = 11
+
+
+def in_turn(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Median wall clock and processor time of each, in milliseconds, after one unmeasured turn."""
+    wall: dict[str, list[float]] = {name: [] for name in variants}
+    cpu: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        order = list(variants) if number % 2 else list(variants)[::-1]
+        for name in order:
+            before = time.process_time()
+            _, ms = timed(variants[name])
+            if number:
+                wall[name].append(ms)
+                cpu[name].append(1e3 * (time.process_time() - before))
+    row: dict[str, Any] = {}
+    for name in variants:
+        row[name] = {
+            "ms": round(statistics.median(wall[name]), 3),
+            "cpu_ms": round(statistics.median(cpu[name]), 3),
+            "samples": rounds,
+        }
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", type=Path)
+    parser.add_argument("--engines", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=9, help="single calls")
+    parser.add_argument("--loops", type=int, default=0, help="whole sampling loops")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    workload = load_workload(demo_workload())
+    name, model = next(iter(workload.models.items()))
+    device = next(model.parameters()).device
+    plan = None if arguments.plan is None else Plan.load(arguments.plan)
+    folder = arguments.engines / ("eng_no_plan" if plan is None else "eng_plan")
+    if not folder.exists():
+        arguments.engines.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(export(workload, folder, plan).to_json()["seconds"]), flush=True)
+    engine, load_ms = timed(lambda: Engine.load(folder))
+    options: Any = None if plan is None else {"plan": plan}
+    compiled = torch.compile(model, backend="ditopt", options=options)
+    call = record(workload, name, seed=SEED)[0]
+    with torch.no_grad():
+        results = {k: f(*call.args, **call.kwargs) for k, f in (("e", engine), ("c", compiled))}
+        calls = in_turn(
+            {
+                "compiled": lambda: compiled(*call.args, **call.kwargs),
+                "engine": lambda: engine(*call.args, **call.kwargs),
+            },
+            arguments.rounds,
+        )
+    loops = {}
+    if arguments.loops:
+        run = workload.run
+        variants = {
+            "compiled": lambda: run(SEED, {name: compiled}),
+            "engine": lambda: run(SEED, {name: engine}),
+        }
+        loops = in_turn(variants, arguments.loops)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    result = {
+        "environment": describe_environment(device),
+        "workload": workload.title,
+        "plan": None if plan is None else str(plan.goal),
+        "load_ms": round(load_ms, 1),
+        "nbytes": sum(path.stat().st_size for path in files),
+        "weights_nbytes": sum(p.nbytes for p in model.parameters()),
+        "programs": len(engine.manifest.programs),
+        "relative_l2": worst_error(results["e"], results["c"]),
+        "one_call": calls,
+        "one_loop": loops,
+    }
+    print(json.dumps(result, indent=1))
+    write_json(arguments.output or ROOT / f"benchmarks/results/engine_{device.type}.json", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
