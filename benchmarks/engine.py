@@ -5,7 +5,7 @@
 
 Times one call of the model (the first of the sampling loop) by each in turn; with --loops whole
 sampling loops too, where a plan's skipped calls count. On a busy CPU the processor time of this
-process tells more than the clock, so both are recorded. Engines in --engines are not compiled again.
+process tells more than the clock, so both are recorded. Engines in --engines are kept.
 """
 
 from __future__ import annotations
