@@ -73,6 +73,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the weights, each contiguous and with memory of its own."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
     safetensors.torch.save_file(plain, str(folder / WEIGHTS))
+    (folder / WEIGHTS).chmod(0o644)  # it comes out readable by the owner alone
 
 
 def read_manifest(folder: Path, expect_sha256: str | None = None) -> Manifest:
