@@ -16,9 +16,10 @@ from ditopt.gating import runtime_gate
 from ditopt.hoist import varying_inputs
 from ditopt.infer_layout import infer_grid, site_geometry
 from ditopt.linear_choices import linear_choices, statistics_of
+from ditopt.part_maker import Phase
 from ditopt.patterns import Hierarchical
 from ditopt.plan.schema import remainder_tensor
-from ditopt.program import Phase, ProgramBuilder
+from ditopt.program import ProgramBuilder
 from ditopt.report import Decision
 from ditopt.runtime import CudaGraphs, InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
 from ditopt.site_inputs import Choice, HeadChoice, Remainder, SearchChoice, SelectorChoice

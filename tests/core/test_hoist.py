@@ -25,7 +25,8 @@ from ditopt.graph import fake_value
 from ditopt.hoist import hoist, varying_inputs
 from ditopt.hoist_rewrite import Hoisted
 from ditopt.hoist_select import is_heavy
-from ditopt.program import Phase, ProgramBuilder
+from ditopt.part_maker import Phase
+from ditopt.program import ProgramBuilder
 from ditopt.runtime import InputRoles
 from ditopt.sites import find_sites
 from ditopt.stack import find_stack

@@ -15,8 +15,9 @@ from ditopt.capture import Captured, capture
 from ditopt.config import Options
 from ditopt.infer_layout import SiteGeometry
 from ditopt.kernels.block_sparse_attention import dispatch
+from ditopt.part_maker import Phase
 from ditopt.patterns import Band, Dense, Skip
-from ditopt.program import Phase, ProgramBuilder
+from ditopt.program import ProgramBuilder
 from ditopt.runtime import InputRoles, Programs
 from ditopt.site_inputs import HeadChoice
 from ditopt.sites import AttentionSite, find_sites

@@ -9,7 +9,8 @@ from rich.console import Console
 from ditopt.backends.eager import EagerBackend
 from ditopt.config import Options
 from ditopt.inspection import InspectReport
-from ditopt.program import Phase, ProgramBuilder
+from ditopt.part_maker import Phase
+from ditopt.program import ProgramBuilder
 from ditopt.runtime import InputRoles, StepRuntime
 
 from .compiled import full_sequence, go

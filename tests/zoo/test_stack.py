@@ -7,7 +7,8 @@ import torch
 
 from ditopt.backends.eager import EagerBackend
 from ditopt.config import Options
-from ditopt.program import Phase, ProgramBuilder
+from ditopt.part_maker import Phase
+from ditopt.program import ProgramBuilder
 from ditopt.runtime import InputRoles, StepRuntime, StepSchedule, TrajectoryTracker, session
 from ditopt.stack import Stack, find_stack
 
