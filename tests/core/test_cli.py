@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from ditopt import cli
 from ditopt.bench_result import BenchResult, Row
+from ditopt.cli.entry import find_cause, format_warning
 from ditopt.errors import DitoptWarning, PlanError, ProfileError, VerificationError
 from ditopt.inspection import Explanation
 from ditopt.report import Decision
@@ -233,14 +234,14 @@ def test_a_failed_gate_shows_quality_but_no_speed(workload, fake, monkeypatch, c
 
 
 def test_warnings_of_ditopt_take_one_line():
-    text = cli._format_warning(DitoptWarning("quality not verified"), DitoptWarning, "f.py", 3)
+    text = format_warning(DitoptWarning("quality not verified"), DitoptWarning, "f.py", 3)
     assert text == "warning: quality not verified\n"
-    assert "f.py:3" in cli._format_warning("old", DeprecationWarning, "f.py", 3)
+    assert "f.py:3" in format_warning("old", DeprecationWarning, "f.py", 3)
 
 
 def test_causes_are_found_through_chains():
     wrapped = RuntimeError("outer")
     wrapped.__cause__ = ProfileError("0 seeds")
-    assert isinstance(cli._find_cause(wrapped), ProfileError)
-    assert cli._find_cause(RuntimeError("alone")) is None
-    assert isinstance(cli._find_cause(VerificationError("x")), VerificationError)
+    assert isinstance(find_cause(wrapped), ProfileError)
+    assert find_cause(RuntimeError("alone")) is None
+    assert isinstance(find_cause(VerificationError("x")), VerificationError)
