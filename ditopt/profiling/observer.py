@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ditopt.caching import ResidualGram
 from ditopt.errors import ProfileError
-from ditopt.patterns import HeadPattern, block_mask, candidates
+from ditopt.patterns import block_mask, candidates
 from ditopt.plan import Block, SiteRecord
 from ditopt.plan.checks import SiteLike
 from ditopt.profiling.candidates import candidate_errors
-from ditopt.profiling.schema import SeedRecord, SiteShape
+from ditopt.profiling.schema import AttentionOption, SeedRecord, SiteShape
 
 if TYPE_CHECKING:
     from ditopt.layout import TokenLayout
@@ -57,7 +57,7 @@ class ProfileObserver:
         self.observed_calls = tuple(observed_calls)
         self.sites: dict[str, SiteRecord] = {}
         self.shapes: dict[str, SiteShape] = {}
-        self.candidates: tuple[HeadPattern, ...] = ()
+        self.options: tuple[AttentionOption, ...] = ()
         self.left_dense: dict[str, str] = {}
         self._calls = calls
         self._branches = branches
@@ -162,8 +162,9 @@ class ProfileObserver:
             head_dim=head_dim,
             dtype=str(q.dtype).removeprefix("torch."),
         )
-        if not self.candidates:
-            self.candidates = candidates(self.layout, tokens, self.block.q, self.block.k)
+        if not self.options:
+            patterns = candidates(self.layout, tokens, self.block.q, self.block.k)
+            self.options = tuple(AttentionOption(pattern=pattern) for pattern in patterns)
 
     def _reason_to_leave_dense(self, site: ObservedSite, q: Tensor, k: Tensor) -> str | None:
         if site.kind == "cross" or q.shape[2] != k.shape[2]:
@@ -185,7 +186,7 @@ class ProfileObserver:
         if tokens not in self._keep:
             sizes = (tokens, tokens, self.block.q, self.block.k)
             self._keep[tokens] = torch.stack(
-                [block_mask(pattern, self.layout, *sizes) for pattern in self.candidates]
+                [block_mask(option.pattern, self.layout, *sizes) for option in self.options]
             )
         return self._keep[tokens]
 

@@ -168,7 +168,7 @@ def _describe(
     seeds: int,
     source: str | None,
 ) -> Profile:
-    """What is known so far; sites and candidates are met in the first observed loop."""
+    """What is known so far; sites and options are met in the first observed loop."""
     return Profile(
         model=ModelRecord(
             architecture=fingerprint.architecture(model),
@@ -180,7 +180,7 @@ def _describe(
         hardware=describe_hardware(next(model.parameters()).device),
         layout=observer.layout,
         block=observer.block,
-        candidates=observer.candidates,
+        options=observer.options,
         shapes=observer.shapes,
         observed_calls=observer.observed_calls,
         data_range=workload.data_range,
@@ -199,7 +199,7 @@ def _notes(left_dense: Mapping[str, str]) -> Iterator[str]:
 
 
 def _refuse_other(existing: Profile, draft: Profile) -> None:
-    """Resume only what is the same; sites and candidates follow from what is compared."""
+    """Resume only what is the same; sites and options follow from what is compared."""
     names = ["sampler", "block", "observed_calls", "data_range"]
     if draft.layout is not None:  # else it is inferred in the observed loop
         names.append("layout")

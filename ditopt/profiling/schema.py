@@ -1,4 +1,4 @@
-"""What a profile directory holds: profile.json (version 1) and one tensor file per seed."""
+"""What a profile directory holds: profile.json (version 2) and tensor files per seed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Annotated, Literal, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ditopt import files
 from ditopt.errors import FileError, ProfileError
 from ditopt.layout import TokenLayout
-from ditopt.patterns import HeadPattern
+from ditopt.patterns import HeadPattern, density
 from ditopt.plan import Block, Hardware, ModelRecord, Sampler
+from ditopt.token_order import TokenOrder
 
 PROFILE_NAME = "profile.json"
 
@@ -26,6 +27,25 @@ _Density = Annotated[float, Field(ge=0, le=1)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Remainder = Literal["drop", "mean"]
+"""What becomes of the blocks that are not kept: nothing, or their mean stands for them."""
+
+
+class AttentionOption(_Part):
+    """One choice at a head.
+
+    Attributes:
+        pattern: the blocks that are kept.
+        order: of the tokens in the sequence, an index into `Profile.orders`.
+        remainder: of the dropped blocks; with `mean`, each is one token with its mean key and
+            value and the logarithm of its length added to the score.
+    """
+
+    pattern: HeadPattern
+    order: int = Field(0, ge=0)
+    remainder: Remainder = "drop"
 
 
 class SiteShape(_Part):
@@ -44,17 +64,20 @@ class AttentionCost(_Part):
     Attributes:
         dense_ms: dense scaled-dot-product attention.
         sparse_ms: (density, milliseconds) of the block-sparse executor, all heads in one call.
+        mean_ms: the same with the block-mean remainder; empty where it cannot run.
     """
 
     shape: SiteShape
     dense_ms: _Milliseconds
     sparse_ms: Annotated[tuple[tuple[_Density, _Milliseconds], ...], Field(min_length=2)]
+    mean_ms: tuple[tuple[_Density, _Milliseconds], ...] = ()
 
 
 class Costs(_Part):
-    """Measured times on the profile's hardware.
+    """Times on the profile's hardware.
 
     Attributes:
+        source: `measured`, or computed from a device's peak rates (`roofline`).
         dense_call_ms: one compiled call of the model that computes everything.
         skip_call_ms: one call that forecasts the block stack.
         attention: one table for each distinct shape of profiled sites.
@@ -63,6 +86,7 @@ class Costs(_Part):
     dense_call_ms: _Milliseconds
     skip_call_ms: _Milliseconds
     attention: tuple[AttentionCost, ...]
+    source: Literal["measured", "roofline"] = "measured"
 
 
 class Profile(_Part):
@@ -75,7 +99,8 @@ class Profile(_Part):
         hardware: where costs were measured.
         layout: token grid, or null where it is unknown.
         block: block sizes that the candidates were rounded up to.
-        candidates: patterns whose errors were measured, the same for every profiled site.
+        options: choices whose errors were measured, the same for every profiled site.
+        orders: token orders that options name; the first is None, the model's own.
         shapes: operands of each profiled site; sites not listed stay dense.
         observed_calls: call indices at which candidate errors were measured.
         data_range: width of the result's value range for PSNR; null: `metrics.value_range` decides.
@@ -86,13 +111,14 @@ class Profile(_Part):
         notes: what was left out, and why.
     """
 
-    ditopt_profile: Literal[1] = 1
+    ditopt_profile: Literal[2] = 2
     model: ModelRecord
     sampler: Sampler
     hardware: Hardware
     layout: TokenLayout | None
     block: Block
-    candidates: tuple[HeadPattern, ...]
+    options: tuple[AttentionOption, ...]
+    orders: tuple[TokenOrder | None, ...] = (None,)
     shapes: dict[str, SiteShape]
     observed_calls: tuple[int, ...]
     data_range: float | None
@@ -102,10 +128,26 @@ class Profile(_Part):
     costs: Costs | None = None
     notes: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _orders_exist(self) -> Self:
+        if self.orders[:1] != (None,):
+            raise ValueError("orders: the first must be null, the model's own order")
+        if any(option.order >= len(self.orders) for option in self.options):
+            raise ValueError(f"options: an order is not one of the {len(self.orders)} in `orders`")
+        return self
+
     @property
     def complete(self) -> bool:
         """Whether every seed and the costs are there."""
         return self.costs is not None and set(self.seeds) <= set(self.finished)
+
+    def kept(self, shape: SiteShape) -> tuple[float, ...]:
+        """[C] fraction of the blocks that each option keeps at a site."""
+        sizes = (shape.tokens, shape.tokens, self.block.q, self.block.k)
+        return tuple(
+            density(option.pattern, self.layout, *sizes, self.orders[option.order])
+            for option in self.options
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
@@ -189,7 +231,7 @@ class SeedRecord(BaseModel):
             "step_energy": ((calls,), self.step_energy),
         }
         for site, shape in profile.shapes.items():
-            heads, choices = shape.heads, len(profile.candidates)
+            heads, choices = shape.heads, len(profile.options)
             expected[f"squared_error/{site}"] = (
                 (observed, heads, choices),
                 self.squared_error[site],

@@ -14,7 +14,7 @@ from ditopt.patterns import HeadPattern, density
 from ditopt.plan import Goal, Phase, Plan, Predicted
 from ditopt.search.assignment import Assignment, evaluate, frontier, solve
 from ditopt.search.exchange import cache_section
-from ditopt.search.problem import site_options
+from ditopt.search.problem import plain_options, site_options
 
 if TYPE_CHECKING:
     from ditopt.profiling.schema import Profile, SeedRecord
@@ -142,8 +142,9 @@ class Predictor:
     def plan(self, candidate: Candidate, model: ErrorModel, goal: Goal) -> Plan:
         """The candidate as a plan, not verified yet."""
         profile, schedule = self._profile, candidate.schedule
+        offered = plain_options(profile)
         rules = {
-            site: tuple(profile.candidates[option] for option in options)
+            site: tuple(offered[option].pattern for option in options)
             for site, options in candidate.assignment.options.items()
             if site in profile.shapes
         }

@@ -11,10 +11,9 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from ditopt.errors import ProfileError
-from ditopt.patterns import density
 
 if TYPE_CHECKING:
-    from ditopt.profiling.schema import AttentionCost, Profile, SeedRecord
+    from ditopt.profiling.schema import AttentionCost, AttentionOption, Profile, SeedRecord
 
 Floats = npt.NDArray[np.float64]
 
@@ -41,6 +40,19 @@ class SiteOptions:
     error: Floats
 
 
+def plain_options(profile: Profile) -> tuple[AttentionOption, ...]:
+    """The options that are searched: in the model's own token order, dropped blocks left out."""
+    return tuple(profile.options[index] for index in _plain(profile))
+
+
+def _plain(profile: Profile) -> list[int]:
+    return [
+        index
+        for index, option in enumerate(profile.options)
+        if option.order == 0 and option.remainder == "drop"
+    ]
+
+
 def site_options(
     profile: Profile, records: Sequence[SeedRecord], first_call: int
 ) -> list[SiteOptions]:
@@ -55,7 +67,7 @@ def site_options(
     """
     costs = {cost.shape: cost for cost in profile.costs.attention} if profile.costs else {}
     weights = [_observed_weights(profile, record, first_call) for record in records]
-    found = []
+    found, plain = [], _plain(profile)
     for site, shape in profile.shapes.items():
         per_seed = [
             np.tensordot(weight, relative_error(record, site), axes=1)
@@ -66,18 +78,15 @@ def site_options(
                 f"profile.json: costs.attention: no cost for the shape of site {site!r}",
                 remedy="Profile into a new folder.",
             )
-        kept = [
-            density(p, profile.layout, shape.tokens, shape.tokens, profile.block.q, profile.block.k)
-            for p in profile.candidates
-        ]
+        kept = np.array(profile.kept(shape))[plain]
         fixed_ms, full_ms = sparse_cost(costs[shape])
         found.append(
             SiteOptions(
                 id=site,
                 dense_ms=costs[shape].dense_ms,
                 fixed_ms=fixed_ms,
-                option_ms=np.array(kept) * full_ms / shape.heads,
-                error=np.mean(per_seed, axis=0) / len(profile.shapes),
+                option_ms=kept * full_ms / shape.heads,
+                error=np.mean(per_seed, axis=0)[:, plain] / len(profile.shapes),
             )
         )
     return found

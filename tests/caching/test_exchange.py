@@ -159,7 +159,7 @@ def test_the_verifier_samples_schedules_with_one_compilation(
         hardware=plan.hardware,
         layout=None,
         block=plan.block,
-        candidates=(),
+        options=(),
         shapes={},
         observed_calls=(0,),
         data_range=2.0,

@@ -19,7 +19,14 @@ from ditopt.patterns import HeadPattern, block_mask, candidates
 from ditopt.plan import Block, Goal, Hardware, ModelRecord, Plan, Sampler, SiteRecord
 from ditopt.profiling import load_complete
 from ditopt.profiling.candidates import candidate_errors
-from ditopt.profiling.schema import AttentionCost, Costs, Profile, SeedRecord, SiteShape
+from ditopt.profiling.schema import (
+    AttentionCost,
+    AttentionOption,
+    Costs,
+    Profile,
+    SeedRecord,
+    SiteShape,
+)
 from ditopt.search import LoopSpec, Measured, plan_from_profile, search
 from ditopt.search.assignment import evaluate, frontier, solve
 from ditopt.search.calibration import ErrorModel, Observation
@@ -171,7 +178,7 @@ def make_profile(folder: Path, *, roughness: float = 0.02, seeds: int = 2) -> Pr
         hardware=Hardware(device="cpu", name="a CPU", torch="2.13.0", threads=2),
         layout=LAYOUT,
         block=Block(q=16, k=16),
-        candidates=patterns,
+        options=tuple(AttentionOption(pattern=p) for p in patterns),
         shapes=dict.fromkeys(ids, shape),
         observed_calls=(0, 6, 11),
         data_range=2.0,
@@ -237,7 +244,7 @@ class FakeSampler:
         return [Measured(round(psnr_db + 0.1 * (s % 2), 2), seconds) for s in seeds]
 
     def attention(self, plan: Plan) -> float:
-        number = {pattern: i for i, pattern in enumerate(self.profile.candidates)}
+        number = {option.pattern: i for i, option in enumerate(self.profile.options)}
         error = self.records[0].squared_error
         return 0.01 * sum(
             float(error[site][0, head, number[pattern]])
@@ -404,4 +411,4 @@ def test_every_pattern_of_a_plan_is_a_candidate(tmp_path: Path) -> None:
     profile = make_profile(tmp_path)
     plan = plan_from_profile(tmp_path, Goal(min_psnr_db=28.0), verify=FakeSampler(tmp_path))
     used: set[HeadPattern] = {p for rule in plan.phases[-1].attention.values() for p in rule}
-    assert used <= set(profile.candidates)
+    assert used <= {option.pattern for option in profile.options}

@@ -58,7 +58,7 @@ def case() -> Case:
         hardware=Hardware(device="cpu", name="a CPU", torch="2", threads=1),
         layout=None,
         block=Block(),
-        candidates=(),
+        options=(),
         shapes={},
         observed_calls=(0,),
         data_range=2.0,

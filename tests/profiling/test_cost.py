@@ -22,7 +22,7 @@ def make_profile(calls: int) -> Profile:
         hardware=Hardware(device="cpu", name="a CPU", torch="2", threads=1),
         layout=None,
         block=Block(q=16, k=16),
-        candidates=(),
+        options=(),
         shapes={},
         observed_calls=(0,),
         data_range=None,

@@ -102,7 +102,7 @@ def test_an_inferred_layout_serves_where_none_is_stated() -> None:
     observer = make()
     observer.suggest_layout(TokenLayout(2, 4, 4))
     show(observer, Site())
-    assert len(observer.candidates) > 2
+    assert len(observer.options) > 2
     stated = make(TokenLayout(1, 4, 8))
     stated.suggest_layout(TokenLayout(2, 4, 4))
     assert stated.layout == TokenLayout(1, 4, 8)
@@ -111,4 +111,4 @@ def test_an_inferred_layout_serves_where_none_is_stated() -> None:
 def test_without_a_layout_only_the_ends_are_candidates() -> None:
     observer = make()
     show(observer, Site())
-    assert observer.candidates == (Dense(), Skip())
+    assert [option.pattern for option in observer.options] == [Dense(), Skip()]

@@ -111,15 +111,15 @@ def test_a_profile_describes_the_loop_and_its_sites(tmp_path: Path) -> None:
     assert done.notes == (
         "blocks.0.attn2#0: dense attention, queries and keys are different sequences",
     )
-    assert done.candidates[0] == Dense()
-    assert done.candidates[-1] == Skip()
+    assert done.options[0].pattern == Dense()
+    assert done.options[-1].pattern == Skip()
 
 
 def test_tensors_hold_errors_and_residuals(tmp_path: Path) -> None:
     run(tmp_path)
     done, (first, second) = load_complete(tmp_path)
     for site in done.shapes:
-        assert first.squared_error[site].shape == (3, HEADS, len(done.candidates))
+        assert first.squared_error[site].shape == (3, HEADS, len(done.options))
         assert (first.squared_error[site][..., 0] == 0).all()
         torch.testing.assert_close(first.squared_error[site][..., -1], first.squared_norm[site])
     assert not torch.equal(first.gram, second.gram)
@@ -287,8 +287,8 @@ def test_damaged_tensors_are_named(tmp_path: Path, damage: str) -> None:
 def test_a_folder_without_profile_and_a_corrupt_one(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="holds no profile"):
         load_complete(tmp_path)
-    (tmp_path / "profile.json").write_text('{"ditopt_profile": 2}')
-    with pytest.raises(ProfileError, match=r"profile\.json: ditopt_profile"):
+    (tmp_path / "profile.json").write_text('{"ditopt_profile": 1}')
+    with pytest.raises(ProfileError, match=r"profile\.json: ditopt_profile: .*should be 2"):
         load_complete(tmp_path)
 
 
