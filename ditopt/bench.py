@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ditopt.bench_gate import gate
 from ditopt.bench_result import BenchResult, Row
 from ditopt.environment import describe_environment
 from ditopt.errors import WorkloadError
-from ditopt.metrics import Quality, QualitySummary, compare, summarize
+from ditopt.metrics import Quality, compare, summarize
 from ditopt.progress import Progress, silent
 from ditopt.runtime import stats
 from ditopt.timing import PeakMemory, Spread, timed
@@ -45,12 +46,6 @@ DEFAULT_SEEDS = tuple(range(FIRST_SEED, FIRST_SEED + MIN_ROUNDS))
 _RECOMPILE_LIMIT = 64
 """Dynamo counts the compilations of all variants together, and past its limit of 8 it silently runs
 eager; a bench must measure what it says."""
-
-NOISE_FACTOR_DB = 20 * math.log10(2)
-"""Exact rewrites may be twice as far from eager as `torch.compile`: fusion moves rounding."""
-
-ROUNDING_8_BIT_DB = 10 * math.log10(12 * 255**2)
-"""PSNR of rounding to 8 bits (58.9 dB): above it no picture shows a difference."""
 
 
 class _Runs:
@@ -114,6 +109,7 @@ def bench(
     *,
     seeds: Sequence[int] | None = None,
     variants: Mapping[str, Variant] | None = None,
+    engine_plan: Plan | None = None,
     observe: Observe | None = None,
     progress: Progress = silent,
 ) -> BenchResult:
@@ -128,6 +124,7 @@ def bench(
         seeds: quality is measured once on each; by default the plan's audit seeds, which its
             search never saw, or three seeds where there is no plan.
         variants: what to measure instead of the usual four; must hold `eager`, the reference.
+        engine_plan: what the variant `engine`, where there is one, was exported with.
         observe: is shown each seed's results.
         progress: told after each round.
 
@@ -138,7 +135,7 @@ def bench(
         from ditopt.plan import Plan as PlanFile  # plan.py imports this package's patterns
 
         plan = PlanFile.load(plan)
-    chosen = _seeds(plan) if seeds is None else tuple(seeds)
+    chosen = _seeds(plan or engine_plan) if seeds is None else tuple(seeds)
     if not chosen:
         raise WorkloadError("bench needs at least one seed, got none")
     runs = {
@@ -153,7 +150,8 @@ def bench(
         progress("compiling", len(runs), len(runs))
         _sample(runs, chosen, workload.data_range, observe, progress)
 
-    failures = _gate({name: summarize(one.qualities) for name, one in runs.items()}, plan)
+    quality = {name: summarize(one.qualities) for name, one in runs.items()}
+    failures = gate(quality, plan, engine_plan)
     rows = tuple(one.row(name, chosen, withheld=bool(failures)) for name, one in runs.items())
     environment = {
         **describe_environment(_device(workload)),
@@ -200,26 +198,6 @@ def default_variants(plan: Plan | None) -> dict[str, Variant]:
             module, backend="ditopt", options=options
         )
     return variants
-
-
-def _gate(quality: Mapping[str, QualitySummary], plan: Plan | None) -> list[str]:
-    """What is wrong with the results, in words; empty when all is well."""
-    failures = []
-    if "ditopt" in quality and "inductor" in quality:
-        floor = quality["inductor"].mean_psnr_db
-        needed = min(floor - NOISE_FACTOR_DB, ROUNDING_8_BIT_DB)
-        reached = quality["ditopt"].mean_psnr_db
-        if reached < needed:
-            failures.append(
-                f"ditopt without a plan must be lossless, but is at {reached:.1f} dB "
-                f"(torch.compile: {floor:.1f} dB, needed: {needed:.1f} dB)"
-            )
-    goal = plan.goal.min_psnr_db if plan is not None and plan.goal is not None else None
-    if goal is not None and "ditopt+plan" in quality:
-        reached = quality["ditopt+plan"].mean_psnr_db
-        if reached < goal:
-            failures.append(f"the plan's goal is {goal:g} dB, but it reaches {reached:.2f} dB")
-    return failures
 
 
 def _seeds(plan: Plan | None) -> tuple[int, ...]:

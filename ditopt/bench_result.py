@@ -14,7 +14,7 @@ class Row:
     """One variant.
 
     Attributes:
-        variant: `eager`, `inductor`, `ditopt`, `ditopt+plan`.
+        variant: `eager`, `inductor`, `ditopt`, `ditopt+plan`, `engine`.
         ms: median time of one whole sampling loop; None when withheld.
         ms_iqr: its interquartile range.
         psnr_db: mean over seeds against eager; None where every seed is equal bit for bit.

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from ditopt.errors import WorkloadError
 from ditopt.files import atomic_path
+from ditopt.video import FRAMES_PER_SECOND, check_available, write_mp4
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -58,30 +59,49 @@ def write_comparison(path: str | Path, rows: Mapping[str, Frames]) -> None:
         sheet.save(temporary, format="PNG")
 
 
+def check_kind(path: str | Path) -> str:
+    """The ending of a file that `write_frames` can write; asked before minutes of sampling.
+
+    Raises:
+        WorkloadError: another kind of file.
+        BackendUnavailable: MP4 needs a package that is not installed.
+    """
+    kind = Path(path).suffix.lower()
+    if kind not in (".png", ".gif", ".mp4"):
+        raise WorkloadError(
+            f"cannot draw a {kind or 'file without an ending'}",
+            remedy="Name a .png, a .gif or an .mp4.",
+        )
+    if kind == ".mp4":
+        check_available()
+    return kind
+
+
 def write_frames(path: str | Path, frames: Frames) -> None:
-    """Write a result as a GIF (every frame) or a PNG (the only frame, or some side by side).
+    """Write a result as GIF or MP4 (every frame) or PNG (the only frame, or some side by side).
 
     Args:
-        path: file that ends with `.gif` or `.png`, written atomically.
+        path: file with one of these endings, written atomically.
         frames: uint8 [F, H, W, 3].
 
     Raises:
         WorkloadError: another kind of file.
+        BackendUnavailable: MP4 needs a package that is not installed.
         FileError: the file cannot be written.
     """
-    kind = Path(path).suffix.lower()
+    kind = check_kind(path)
+    if kind == ".mp4":
+        write_mp4(path, frames)
+        return
     if kind == ".png" and len(frames) > 1:
         write_comparison(path, {"": frames})
         return
-    if kind not in (".png", ".gif"):
-        raise WorkloadError(
-            f"cannot draw a {kind or 'file without an ending'}", remedy="Name a .png or a .gif."
-        )
     first, *rest = (Image.fromarray(frame) for frame in frames)
     with atomic_path(path) as temporary:
         if kind == ".png":
             first.save(temporary, format="PNG")
         else:
             first.save(
-                temporary, format="GIF", save_all=True, append_images=rest, duration=100, loop=0
-            )
+                temporary, format="GIF", save_all=True, append_images=rest,
+                duration=1000 // FRAMES_PER_SECOND, loop=0,
+            )  # fmt: skip

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], None]
-"""`progress(task, done, total)`: `done` of `total` units of the named task are finished."""
+"""`progress(task, done, total)`: `done` of `total` units of the named task are finished.
+
+A total of 0 is unknown beforehand.
+"""
 
 LOG_INTERVAL_S = 5.0
 """Where there is no terminal, at most one line of progress in this time."""
@@ -34,8 +37,8 @@ def terminal_progress() -> Iterator[Progress]:
 
         def report(task: str, done: int, total: int) -> None:
             if task not in tasks:
-                tasks[task] = bars.add_task(task)
-            bars.update(tasks[task], completed=done, total=total)
+                tasks[task] = bars.add_task(task, total=total or None)
+            bars.update(tasks[task], completed=done, total=total or None)
 
         yield report
 
@@ -46,7 +49,7 @@ def _log_lines(write: Callable[[str], None]) -> Progress:
     def report(task: str, done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= LOG_INTERVAL_S:
-            write(f"{task}: {done} of {total}")
+            write(f"{task}: {done} of {total or 'unknown'}")
             last = time.monotonic()
 
     return report

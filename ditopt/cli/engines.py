@@ -46,7 +46,7 @@ def run(
     out: Annotated[
         Path,
         typer.Option(
-            "-o", "--out", metavar="FILE", help="png or gif to write.", callback=can_be_written
+            "-o", "--out", metavar="FILE", help="png, gif or mp4 to write.", callback=can_be_written
         ),
     ],
     engine: EnginePath = None,
@@ -60,6 +60,7 @@ def run(
 
     loaded = load_workload(workload)
     with terminal_progress() as progress:
-        progress("sampling", 0, 1)
-        result = sample_to_file(loaded, engine, out, seed=seed, expect_sha256=expect_sha256)
+        result = sample_to_file(
+            loaded, engine, out, seed=seed, expect_sha256=expect_sha256, progress=progress
+        )
     show(f"Seed {seed} in {result['ms']:.0f} ms, written to {out}.", result, json_path)

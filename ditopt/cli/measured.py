@@ -33,9 +33,18 @@ def bench(
 
     chosen = None if seeds is None else range(FIRST_SEED, FIRST_SEED + seeds)
     loaded = load_workload(workload)
-    variants = None if engine is None else bench_variants(loaded, plan, engine, expect_sha256)
+    variants, engine_plan = None, None
+    if engine is not None:
+        variants, engine_plan = bench_variants(loaded, plan, engine, expect_sha256)
     with terminal_progress() as progress:
-        result = measure(loaded, plan, seeds=chosen, variants=variants, progress=progress)
+        result = measure(
+            loaded,
+            plan,
+            seeds=chosen,
+            variants=variants,
+            engine_plan=engine_plan,
+            progress=progress,
+        )
     show(bench_table(result), result.to_json(), json_path)
     result.check()
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from ditopt.bench import DEFAULT_SEEDS, ROUNDING_8_BIT_DB, bench, default_variants
+from ditopt.bench import DEFAULT_SEEDS, bench, default_variants
+from ditopt.bench_gate import ROUNDING_8_BIT_DB
 from ditopt.errors import DitoptError, VerificationError, WorkloadError
 from ditopt.workload import Workload
 
@@ -126,6 +127,33 @@ def test_ditopt_without_a_plan_must_be_lossless(inductor, ditopt, accepted):
     assert (not result.failures) == accepted
     if not accepted:
         assert "must be lossless" in result.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "goal", "failure"),
+    [
+        (1e-2, 39.0, None),
+        (1e-2, 41.0, r"goal is 41 dB, but the engine reaches 40\.00 dB"),
+        (1e-4, None, None),
+        (1e-2, None, r"engine without a plan must be lossless, but is at 40\.0 dB"),
+    ],
+)
+def test_an_engine_owes_its_plan_s_goal_or_losslessness(error, goal, failure):
+    """Its own plan counts, whether or not that plan is measured beside it."""
+    given = {**variants(), "engine": off_by(error)}
+    own = None if goal is None else plan(goal)
+    for beside in (None, plan(30.0)):
+        result = bench(WORKLOAD, beside, variants=given, engine_plan=own)
+        assert len(result.failures) == (failure is not None)
+        if failure is not None:
+            assert all(row.ms is None for row in result.rows)
+            with pytest.raises(VerificationError, match=failure):
+                result.check()
+
+
+def test_an_engine_s_audit_seeds_are_the_default():
+    given = {**variants(), "engine": off_by(1e-2)}
+    assert bench(WORKLOAD, variants=given, engine_plan=plan(30.0)).rows[0].seeds == (7, 8)
 
 
 def test_the_lossless_limit_is_that_of_8_bit_rounding():

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ditopt import cli
 from ditopt.backends.tensorrt import TensorRTExporter
 from ditopt.errors import EngineError
-from ditopt.export.sample import bench_variants
+from ditopt.export.sample import bench_variants, sample_to_file
 from ditopt.workload import load_workload
 
 pytest.importorskip("onnxruntime")
@@ -98,9 +98,33 @@ def test_run_draws_with_the_engine(folder: Path, report: Any, ending: str, frame
         assert getattr(picture, "n_frames", 1) == frames
 
 
+def test_run_writes_a_video(folder: Path) -> None:
+    av = pytest.importorskip("av")
+    out = folder / "out.mp4"
+    args = ["run", str(folder / "mine.py"), "-o", str(out), "--json", "-"]
+    done = CliRunner().invoke(cli.app, args, catch_exceptions=False)
+    assert json.loads(done.stdout)["frames"] == 2
+    workload = load_workload(str(folder / "mine.py"))
+    expected = workload.frames(workload.run(0))[:, 0, 0]  # every frame has one shade
+    with av.open(str(out)) as container:
+        found = [picture.to_ndarray(format="rgb24") for picture in container.decode(video=0)]
+    assert [picture.shape for picture in found] == [(192, 256, 3)] * 2
+    for picture, shade in zip(found, expected, strict=True):
+        assert abs(picture.astype(int) - shade.astype(int)).max() <= 4  # 4:2:0 and rounding
+
+
+def test_each_call_of_the_denoiser_is_told(folder: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    workload = load_workload(str(folder / "mine.py"))
+    out = folder / "told.png"
+    sample_to_file(workload, None, out, seed=0, progress=lambda *news: told.append(news))
+    assert told == [("sampling", 0, 0), ("sampling", 1, 0)]
+
+
 def test_bench_gets_a_variant(folder: Path, report: Any) -> None:
     workload = load_workload(str(folder / "mine.py"))
-    variants = bench_variants(workload, None, folder / "engine")
+    variants, plan = bench_variants(workload, None, folder / "engine")
+    assert plan is None
     assert list(variants) == ["eager", "inductor", "ditopt", "engine"]
     engine = variants["engine"](next(iter(workload.models.values())))
     torch.testing.assert_close(workload.run(5, {"model": engine}), workload.run(5))
@@ -116,7 +140,11 @@ def test_bad_requests_end_with_one_line(
     assert "its sha256 is" in refuse(monkeypatch, capsys, *pinned)
     other = refuse(monkeypatch, capsys, "bench", f"{mine}:another", "--engine", engine)
     assert "architecture: the engine was made from Small" in other
-    assert "cannot draw" in refuse(monkeypatch, capsys, "run", mine, "-o", str(folder / "x.mp4"))
+    assert "cannot draw" in refuse(monkeypatch, capsys, "run", mine, "-o", str(folder / "x.avi"))
+    monkeypatch.setitem(sys.modules, "av", None)
+    line = refuse(monkeypatch, capsys, "run", mine, "-o", str(folder / "x.mp4"))
+    assert "needs PyAV" in line
+    assert "pip install 'ditopt[video]'" in line
     wrong = refuse(monkeypatch, capsys, "export", mine, "-o", engine, "--format", "exe")
     assert "unknown format 'exe'" in wrong
 
