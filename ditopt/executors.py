@@ -13,8 +13,8 @@ import torch
 
 from ditopt.graph import fake_value
 from ditopt.kernels.block_sparse_attention import dispatch, ops  # noqa: F401  (registers it)
-from ditopt.patterns import density
-from ditopt.site_inputs import HeadChoice, SelectorChoice
+from ditopt.patterns import Clusters, HeadPattern, TwoMasks, density
+from ditopt.site_inputs import BlockMeans, HeadChoice, ListChoice
 from ditopt.sites import attention_operands
 from ditopt.symbols import hint
 
@@ -26,9 +26,11 @@ DENSE = dispatch.DENSE
 UNKNOWN_DENSITY = 0.25
 """For selectors that keep as much as the data asks for."""
 
+_WITHOUT_MEANS = ("gluon", "fa4", "flex")
+
 
 def choose_executors(
-    nodes: Iterable[fx.Node], choices: Mapping[str, HeadChoice | SelectorChoice]
+    nodes: Iterable[fx.Node], choices: Mapping[str, ListChoice]
 ) -> dict[str, dispatch.Choice]:
     """By node name, for each attention node that has a choice of the plan."""
     chosen = {}
@@ -39,27 +41,42 @@ def choose_executors(
     return chosen
 
 
-def _choose(node: fx.Node, choice: HeadChoice | SelectorChoice) -> dispatch.Choice:
+def _choose(node: fx.Node, choice: ListChoice) -> dispatch.Choice:
     operands = attention_operands(node)
     q, k = (fake_value(x) for x in operands[:2])
     declined = dispatch.reasons_to_decline(q, choice.block_q, choice.block_k)
-    if isinstance(choice, SelectorChoice):
-        declined["sdpa"] = "the lists come from the data"
-    elif operands[3] is not None or choice.remainder is not None:
-        declined["sdpa"] = "the attention has a mask or a linear remainder"
     batch, heads, n_q, channels = (hint(size) for size in q.shape)
     n_k = hint(k.shape[2])
     blocks = (choice.block_q, choice.block_k)
-    if isinstance(choice, HeadChoice):
-        grid = tuple(hint(size) for size in choice.grid)
-        layout = choice.geometry.layout((grid[0], grid[1], grid[2]), n_q)
-        shape = (layout, n_q, n_k, *blocks)
-        kept = tuple(density(p, *shape, choice.order) for p in choice.patterns)
-    else:
-        rule, amount = choice.selector.rule
-        kept = (amount if rule == "top_k" else UNKNOWN_DENSITY,) * heads
+    kept = _densities(choice, heads, n_q, n_k)
+    if isinstance(choice.remainder, BlockMeans):
+        declined |= dict.fromkeys(_WITHOUT_MEANS, "means of left-out blocks need ditopt's kernels")
+    if not isinstance(choice, HeadChoice):
+        declined["sdpa"] = "the lists come from the data"
+    elif operands[3] is not None:
+        declined["sdpa"] = "the attention has a mask"
+    elif choice.remainder is not None and min(kept) < 1:
+        declined["sdpa"] = "something stands for the blocks that are left out"
     site = dispatch.Site(batch, n_q, n_k, channels, *blocks, kept)
     return dispatch.choose(site, device_name(q.device), declined)
+
+
+def _densities(choice: ListChoice, heads: int, n_q: int, n_k: int) -> tuple[float, ...]:
+    """Kept fraction of each head's blocks, as far as it is known before the call."""
+    grid = tuple(hint(size) for size in choice.grid)
+    layout = choice.geometry.layout((grid[0], grid[1], grid[2]), n_q)
+    shape = (layout, n_q, n_k, choice.block_q, choice.block_k)
+
+    def kept(pattern: HeadPattern) -> float:
+        return density(pattern, *shape, choice.order)
+
+    if isinstance(choice, HeadChoice):
+        return tuple(kept(pattern) for pattern in choice.patterns)
+    selector = choice.selector
+    if isinstance(selector, TwoMasks):
+        return (kept(selector.pattern),) * heads
+    known = None if isinstance(selector, Clusters) else getattr(selector, "density", None)
+    return (UNKNOWN_DENSITY if known is None else known,) * heads
 
 
 def preferred(q: torch.Tensor, n_k: Any, block_q: int, block_k: int) -> str:

@@ -17,12 +17,21 @@ from ditopt.hoist import varying_inputs
 from ditopt.infer_layout import infer_grid, site_geometry
 from ditopt.linear_choices import linear_choices, statistics_of
 from ditopt.part_maker import Phase
-from ditopt.patterns import Hierarchical
-from ditopt.plan.schema import remainder_tensor
+from ditopt.patterns import Clusters, Hierarchical, TwoMasks
+from ditopt.plan.schema import LinearRemainder, remainder_tensor
 from ditopt.program import ProgramBuilder
 from ditopt.report import Decision
 from ditopt.runtime import CudaGraphs, InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
-from ditopt.site_inputs import Choice, HeadChoice, Remainder, SearchChoice, SelectorChoice
+from ditopt.site_inputs import (
+    BlockMeans,
+    Choice,
+    HeadChoice,
+    LinearPart,
+    OrderChoice,
+    Remainder,
+    SearchChoice,
+    SelectorChoice,
+)
 from ditopt.stack import Stack, find_stack, unseen_inputs
 from ditopt.symbols import is_symbolic
 
@@ -31,6 +40,7 @@ if TYPE_CHECKING:
     from ditopt.capture import Captured
     from ditopt.config import Options
     from ditopt.infer_layout import Grid
+    from ditopt.patterns import BlockSelector
     from ditopt.plan import Plan
     from ditopt.plan.checks import SiteLike
     from ditopt.plan.schema import Phase as PlanPhase
@@ -88,7 +98,10 @@ class Linker:
             ]
             stack = self._cached_stack(self.plan)
             schedule = plan_schedule(
-                self.plan, self._gate(self.plan, stack), cached=stack is not None
+                self.plan,
+                self._gate(self.plan, stack),
+                cached=stack is not None,
+                keeps_lists=self._keeps_lists(self.plan),
             )
             if stack is None and len(phases) > 1:
                 stack = _whole(self.captured)
@@ -226,19 +239,34 @@ class Linker:
         geometry = site_geometry(self.captured, site, grid)
         if isinstance(geometry, str):
             return geometry
-        remainder = None
-        if site.id in phase.remainders:
-            projection = plan.tensors.get(remainder_tensor(site.id))
-            if projection is None:
-                return f"the plan's side file lacks {remainder_tensor(site.id)!r}"
-            remainder = Remainder(phase.remainders[site.id].phi, projection)
+        remainder = _remainder(plan, site, phase)
+        if isinstance(remainder, str):
+            return remainder
         place = (geometry, grid, plan.block.q, plan.block.k, plan.order, remainder)
         selector = phase.selectors.get(site.id)
         if isinstance(selector, Hierarchical):
             return SearchChoice(selector, geometry, grid, plan.order)
+        if isinstance(selector, (Clusters, TwoMasks)):
+            return OrderChoice(selector, *place)
         if selector is not None:
-            return SelectorChoice(selector, *place)
+            return SelectorChoice(self._refreshed(selector), *place)
         return HeadChoice(tuple(phase.attention[site.id]), *place)
+
+    def _keeps_lists(self, plan: Plan) -> bool:
+        """Whether selectors keep something from call to call; says where they cannot."""
+        selectors = [s for phase in plan.phases for s in phase.selectors.values()]
+        wanted = any(getattr(selector, "refresh", 1) > 1 for selector in selectors)
+        if wanted and self.options.cuda_graphs:
+            reason = "a CUDA graph does the same work at every call: blocks are chosen at every one"
+            self._decide("keep_lists", False, reason)
+            wanted = False
+        return wanted or any(isinstance(selector, Clusters) for selector in selectors)
+
+    def _refreshed(self, selector: BlockSelector) -> BlockSelector:
+        """A selector whose lists may be kept here."""
+        if selector.refresh == 1 or not self.options.cuda_graphs:
+            return selector
+        return selector.model_copy(update={"refresh": 1})
 
     def _grid(self, plan: Plan) -> Grid | None:
         if self.record.grid is not None or plan.layout is None:
@@ -308,7 +336,22 @@ class Linker:
         return by_plan[key]
 
 
-def plan_schedule(plan: Plan, gate: Gate | None, *, cached: bool) -> StepSchedule:
+def _remainder(plan: Plan, site: AttentionSite, phase: PlanPhase) -> Remainder | str | None:
+    """What stands for the blocks that a site leaves out, or why it cannot."""
+    rule = phase.remainders.get(site.id)
+    if rule is None:
+        return None
+    if not isinstance(rule, LinearRemainder):
+        return BlockMeans()
+    projection = plan.tensors.get(remainder_tensor(site.id))
+    if projection is None:
+        return f"the plan's side file lacks {remainder_tensor(site.id)!r}"
+    return LinearPart(rule.phi, projection)
+
+
+def plan_schedule(
+    plan: Plan, gate: Gate | None, *, cached: bool, keeps_lists: bool = False
+) -> StepSchedule:
     """The plan's calls; all of them in full where the cache cannot be used."""
     calls = plan.sampler.calls
     cache = plan.cache if cached else None
@@ -320,6 +363,7 @@ def plan_schedule(plan: Plan, gate: Gate | None, *, cached: bool) -> StepSchedul
         phases=[phase.calls for phase in plan.phases],
         branches=plan.sampler.branches,
         gate=gate,
+        keeps_lists=keeps_lists,
     )
 
 

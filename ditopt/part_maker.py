@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -18,22 +18,27 @@ from ditopt.graph import placeholders
 from ditopt.hoist_body import SizeInput
 from ditopt.join import Extra, Part
 from ditopt.passes.base import (
+    BlockBias,
     BlockLists,
+    DroppedBlocks,
     ForcedBlocks,
     FusedWeight,
     LinearOperand,
     NodeDecision,
+    PlaceOrder,
     RemainderProjection,
+    SelectorSlot,
     TokenPermutation,
 )
 from ditopt.piece_choices import PieceChoices
 from ditopt.pipeline import PassRunner
 from ditopt.report import Decision
+from ditopt.site_inputs import BlockInput, LinearPart, SearchChoice, block_input, slot_input
 from ditopt.site_inputs import Choice as SiteChoice
-from ditopt.site_inputs import SearchChoice, block_input
 from ditopt.sites import AttentionSite, LinearSite, instance_path
 from ditopt.symbols import evaluator
 from ditopt.token_moves import site_permutation
+from ditopt.token_order import TokenMajor
 
 if TYPE_CHECKING:
     from ditopt.capture import Captured, Piece
@@ -63,6 +68,10 @@ Spec = (
     FusedWeight
     | BlockLists
     | ForcedBlocks
+    | DroppedBlocks
+    | BlockBias
+    | SelectorSlot
+    | PlaceOrder
     | SizeInput
     | TokenPermutation
     | RemainderProjection
@@ -217,14 +226,30 @@ class PartMaker:
         if isinstance(spec, LinearOperand):
             layer = self._linears[index, spec.node].id
             return self.derived.operand(spec, piece.inputs, self._statistics.get(layer, {}))
+        if isinstance(spec, SelectorSlot):
+            return slot_input()
         site = self.sites[index, spec.node]
         choice = choices[spec.node]
+        if isinstance(spec, PlaceOrder):
+            places = replace(choice, order=TokenMajor())
+            return site_permutation(self.captured, site, places, self._device, back=False)
         if isinstance(spec, TokenPermutation):
             return site_permutation(self.captured, site, choice, self._device, back=spec.inverse)
         assert not isinstance(choice, SearchChoice)  # it has no other inputs
         if isinstance(spec, RemainderProjection):
-            assert choice.remainder is not None
+            assert isinstance(choice.remainder, LinearPart)
             weight = choice.remainder.projection.to(self._device, spec.dtype)
             return lambda env: weight
-        part = spec.part if isinstance(spec, BlockLists) else 0
-        return block_input(self.captured, site, choice, part, self._device)
+        return block_input(self.captured, site, choice, _wanted(spec), self._device)
+
+
+def _wanted(spec: BlockLists | ForcedBlocks | DroppedBlocks | BlockBias) -> BlockInput:
+    match spec:
+        case BlockLists():
+            return "ids" if spec.part else "counts"
+        case ForcedBlocks():
+            return "forced"
+        case DroppedBlocks():
+            return "dropped"
+        case BlockBias():
+            return "bias"

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ditopt.executors import DENSE, choose_executors
 from ditopt.passes.base import (
+    ClusterChoice,
     HierarchicalChoice,
     OnlineChoice,
     PassContext,
     RemainderChoice,
     SparseChoice,
+    VoteChoice,
 )
-from ditopt.site_inputs import Choice, HeadChoice, SearchChoice, SelectorChoice
+from ditopt.patterns import TwoMasks
+from ditopt.site_inputs import (
+    BlockMeans,
+    Choice,
+    HeadChoice,
+    LinearPart,
+    OrderChoice,
+    SearchChoice,
+    SelectorChoice,
+)
 
 if TYPE_CHECKING:
     from torch import fx
@@ -88,38 +99,49 @@ class PieceChoices:
             for name, e in self.executors.items()
             if e.executor not in DENSE
         )
-        remainders = frozenset(self._remainders().items())
+        remainders = (self._means(), frozenset(self._remainders().items()))
         return rules, lowered, frozenset(self.reordered), frozenset(self.declined), remainders
 
     def context(
         self, options: Options, linear: Mapping[str, LinearRule | str], own: frozenset[int]
     ) -> PassContext:
         """What the passes may know."""
-        sparse, online, hierarchical = {}, {}, {}
+        sparse, online, orders, hierarchical = {}, {}, {}, {}
         for name, choice in self.choices.items():
             if isinstance(choice, HeadChoice):
                 sparse[name] = self._sparse(name, choice)
             elif isinstance(choice, SelectorChoice):
                 online[name] = self._online(name, choice)
+            elif isinstance(choice, OrderChoice):
+                orders[name] = self._order(name, choice)
             else:
                 hierarchical[name] = self._hierarchical(name, choice)
         return PassContext(
             options=options,
             sparse=sparse,
             online=online,
+            orders=orders,
             hierarchical=hierarchical,
             reordered=self.reordered,
             declined=self.declined,
+            means=self._means(),
             remainders=self._remainders(),
             linear=linear,
             own=own,
+        )
+
+    def _means(self) -> frozenset[str]:
+        return frozenset(
+            name
+            for name, choice in self.choices.items()
+            if not isinstance(choice, SearchChoice) and isinstance(choice.remainder, BlockMeans)
         )
 
     def _remainders(self) -> dict[str, RemainderChoice]:
         return {
             name: RemainderChoice(choice.remainder.phi, tuple(choice.remainder.projection.shape))
             for name, choice in self.choices.items()
-            if not isinstance(choice, SearchChoice) and choice.remainder is not None
+            if not isinstance(choice, SearchChoice) and isinstance(choice.remainder, LinearPart)
         }
 
     def _sparse(self, name: str, choice: HeadChoice) -> SparseChoice:
@@ -133,11 +155,26 @@ class PieceChoices:
         site = self.sites[name]
         rule = (*choice.selector.rule, choice.selector.minimum)
         sizes = (choice.block_q, choice.block_k, site.heads, site.tokens_q, site.tokens_k)
-        return OnlineChoice(*rule, *sizes, self.executors[name].executor)
+        kept = (choice.selector.scores, choice.selector.refresh)
+        return OnlineChoice(*rule, *sizes, self.executors[name].executor, *kept)
+
+    def _order(self, name: str, choice: OrderChoice) -> ClusterChoice | VoteChoice:
+        site, executor = self.sites[name], self.executors[name].executor
+        place = (choice.block_q, choice.block_k, site.heads)
+        selector = choice.selector
+        if isinstance(selector, TwoMasks):
+            return VoteChoice(*place, selector.samples, site.tokens_q, site.tokens_k, executor)
+        counts = ((selector.queries, selector.keys), (selector.first, selector.later))
+        amounts = (selector.mass, selector.least)
+        return ClusterChoice(*place, *counts, *amounts, self._text(name, choice), executor)
 
     def _hierarchical(self, name: str, choice: SearchChoice) -> HierarchicalChoice:
         site = self.sites[name]
-        frames, height, width = choice.grid
-        text = site.tokens_q - frames * height * width if choice.geometry.part == "grid" else 0
         settings = (choice.selector.top_k, choice.selector.coarse)
-        return HierarchicalChoice(*settings, site.heads, site.tokens_q, text)
+        return HierarchicalChoice(*settings, site.heads, site.tokens_q, self._text(name, choice))
+
+    def _text(self, name: str, choice: Choice) -> Any:
+        """Tokens of a sequence that are not of the grid."""
+        frames, height, width = choice.grid
+        tokens = self.sites[name].tokens_q
+        return tokens - frames * height * width if choice.geometry.part == "grid" else 0

@@ -31,7 +31,9 @@ from ditopt.passes.quantize_linears import QuantizeLinears
 from ditopt.passes.reorder_tokens import ReorderTokens
 from ditopt.passes.search_hierarchically import SearchHierarchically
 from ditopt.passes.select_blocks_online import SelectBlocksOnline
+from ditopt.passes.select_head_orders import SelectHeadOrders
 from ditopt.passes.select_sparse_pattern import SelectSparsePattern
+from ditopt.passes.substitute_means import SubstituteMeans
 from ditopt.symbols import hint, is_symbolic
 
 if TYPE_CHECKING:
@@ -48,8 +50,10 @@ PIPELINE: tuple[Pass, ...] = (
     SelectSparsePattern(),
     FuseHeads(),
     SelectBlocksOnline(),
+    SelectHeadOrders(),
     SearchHierarchically(),
     LinearizeAttention(),
+    SubstituteMeans(),
 )
 
 BACKENDS: dict[str, Backend] = {"eager": EagerBackend(), "inductor": InductorBackend()}

@@ -9,24 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal
 
-from ditopt.patterns import HeadPattern, Hierarchical, block_lists, block_mask
+import torch
+
+from ditopt.kernels.block_sparse_attention.pooling import dropped_bits, log_lengths
+from ditopt.patterns import HeadPattern, Hierarchical, TwoMasks, block_lists, block_mask
 from ditopt.patterns.blocks import real_tensors
 from ditopt.symbols import evaluator
 
 if TYPE_CHECKING:
-    import torch
-
     from ditopt.capture import Captured
     from ditopt.infer_layout import Grid, SiteGeometry
-    from ditopt.patterns.selectors import PooledSelector
+    from ditopt.patterns import BlockSelector, OrderSelector
     from ditopt.sites import AttentionSite
     from ditopt.token_order import TokenOrder
 
 
+@dataclass(frozen=True)
+class BlockMeans:
+    """The mean of each block that is left out, in the same softmax."""
+
+
 @dataclass(frozen=True, eq=False)
-class Remainder:
+class LinearPart:
     """Linear attention on the blocks that are left out.
 
     Attributes:
@@ -36,6 +43,10 @@ class Remainder:
 
     phi: str
     projection: torch.Tensor
+
+
+Remainder = BlockMeans | LinearPart
+"""What stands for the blocks that an attention leaves out."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,20 @@ class HeadChoice:
 class SelectorChoice:
     """Blocks that all heads choose from the data; the grid says what is kept whatever it scores."""
 
-    selector: PooledSelector
+    selector: BlockSelector
+    geometry: SiteGeometry
+    grid: Grid
+    block_q: int
+    block_k: int
+    order: TokenOrder | None = None
+    remainder: Remainder | None = None
+
+
+@dataclass(frozen=True)
+class OrderChoice:
+    """Blocks in an order of tokens that each head chooses from the data."""
+
+    selector: OrderSelector
     geometry: SiteGeometry
     grid: Grid
     block_q: int
@@ -74,29 +98,57 @@ class SearchChoice:
     order: TokenOrder | None = None
 
 
-Choice = HeadChoice | SelectorChoice | SearchChoice
+ListChoice = HeadChoice | SelectorChoice | OrderChoice
+"""Choices that end in block lists."""
+
+Choice = ListChoice | SearchChoice
 """What a plan may choose at an attention site."""
+
+BlockInput = Literal["counts", "ids", "forced", "dropped", "bias"]
+"""Block lists and what is made of them: the blocks on no list, the logarithms of lengths."""
 
 
 def block_input(
     captured: Captured,
     site: AttentionSite,
-    choice: HeadChoice | SelectorChoice,
-    part: int,
+    choice: ListChoice,
+    wanted: BlockInput,
     device: torch.device,
 ) -> Callable[[Sequence[Any]], Any]:
-    """A function from a call's environment to counts (part 0), ids (part 1) or forced blocks."""
+    """A function from a call's environment to one of the inputs that a choice's program reads."""
     sizes = evaluator(captured, (*choice.grid, site.tokens_q, site.tokens_k))
     blocks = (choice.block_q, choice.block_k)
 
     @lru_cache(maxsize=64)
     def make(frames: int, height: int, width: int, tokens_q: int, tokens_k: int) -> Any:
-        layout = choice.geometry.layout((frames, height, width), tokens_q)
-        shape = (layout, tokens_q, tokens_k, *blocks)
-        order = choice.order
-        if isinstance(choice, SelectorChoice):
-            with real_tensors():
-                return block_mask(choice.selector.keep, *shape, order).to(device)
-        return block_lists(choice.patterns, *shape, device, order)[part]
+        with real_tensors():
+            if wanted == "bias":
+                return log_lengths(tokens_k, choice.block_k, None, device)
+            layout = choice.geometry.layout((frames, height, width), tokens_q)
+            shape = (layout, tokens_q, tokens_k, *blocks)
+            if not isinstance(choice, HeadChoice):
+                return block_mask(_forced(choice), *shape, choice.order).to(device)
+            lists = block_lists(choice.patterns, *shape, device, choice.order)
+            if wanted == "dropped":
+                return dropped_bits(*lists, lists[1].shape[-1], None)
+            return lists[0] if wanted == "counts" else lists[1]
 
     return lambda env: make(*sizes(env))
+
+
+def _forced(choice: SelectorChoice | OrderChoice) -> HeadPattern:
+    """The static pattern that a selector's mask input holds."""
+    if isinstance(choice, SelectorChoice):
+        return choice.selector.keep
+    assert isinstance(choice.selector, TwoMasks)  # clusters have no such input
+    return choice.selector.pattern
+
+
+_slots = count()
+
+
+def slot_input() -> Callable[[Sequence[Any]], Any]:
+    """A function from a call's environment to a number that no other selector has."""
+    with real_tensors():
+        number = torch.tensor(next(_slots))
+    return lambda env: number

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 if TYPE_CHECKING:
-    import torch
     from torch import fx
 
     from ditopt.config import Options
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 EXECUTOR = "ditopt_executor"
 """Key in a node's meta: the executor that a backend is to lower a block-sparse attention to."""
+
+
+LAUNCH_OF = "ditopt_launch_of"
+"""Key in a block-sparse attention's meta: the attention whose lists it reads, where none of its
+inputs says so."""
 
 
 MEMBERS = "ditopt_members"
@@ -45,6 +51,34 @@ class BlockLists:
 @dataclass(frozen=True)
 class ForcedBlocks:
     """The blocks that the selector of the attention at `node` keeps whatever they score."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class SelectorSlot:
+    """A number, on the CPU, that tells the selector at `node` from all others."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class PlaceOrder:
+    """The tokens of the attention at `node` place by place, all frames of each."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class DroppedBlocks:
+    """Which blocks are on no list of the attention at `node`, as bits."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class BlockBias:
+    """How many tokens each key block of the attention at `node` has, as logarithms."""
 
     node: str
 
@@ -111,7 +145,10 @@ class SparseChoice:
 
 @dataclass(frozen=True)
 class OnlineChoice:
-    """How the attention at a node chooses its blocks: see `kernels.block_selection`."""
+    """How the attention at a node chooses its blocks: see `kernels.block_selection`.
+
+    `scores` are `pooled` or `mass`; a choice serves `refresh` computed steps.
+    """
 
     rule: str
     amount: float
@@ -119,6 +156,43 @@ class OnlineChoice:
     block_q: int
     block_k: int
     heads: int
+    tokens_q: Any
+    tokens_k: Any
+    executor: str = ""
+    scores: str = "pooled"
+    refresh: int = 1
+
+
+@dataclass(frozen=True)
+class ClusterChoice:
+    """How the attention at a node groups its tokens: `kernels.block_selection.clusters`.
+
+    `clusters` of queries and of keys, `iterations` in a run's first step and later ones; `text`
+    counts the tokens of its sequence that are not of the grid.
+    """
+
+    block_q: int
+    block_k: int
+    heads: int
+    clusters: tuple[int, int]
+    iterations: tuple[int, int]
+    mass: float
+    least: float
+    text: Any
+    executor: str = ""
+
+
+@dataclass(frozen=True)
+class VoteChoice:
+    """How many queries of the attention at a node vote for an order of its tokens.
+
+    See `kernels.block_selection.ops_orders`.
+    """
+
+    block_q: int
+    block_k: int
+    heads: int
+    samples: int
     tokens_q: Any
     tokens_k: Any
     executor: str = ""
@@ -154,10 +228,12 @@ class PassContext:
         options: of the `torch.compile` call.
         sparse: attention nodes for which the plan asks for block-sparse attention.
         online: attention nodes that choose their blocks from the data.
-        hierarchical: the same, by a search from coarse to fine.
+        orders: attention nodes at which each head chooses the order of its tokens as well.
+        hierarchical: attention nodes that choose theirs by a search from coarse to fine.
         reordered: attention nodes that put their tokens into the plan's order, and why they do so
             one by one.
         declined: attention nodes for which it asks in vain, with the reason.
+        means: attention nodes at which the mean of each block that is left out stands for it.
         remainders: attention nodes that add linear attention on what they leave out.
         linear: linear nodes with their rule, or the reason why it cannot be followed.
         own: positions of the inputs that are the model's own tensors; only these last from call to
@@ -167,9 +243,11 @@ class PassContext:
     options: Options
     sparse: Mapping[str, SparseChoice] = field(default_factory=dict)
     online: Mapping[str, OnlineChoice] = field(default_factory=dict)
+    orders: Mapping[str, ClusterChoice | VoteChoice] = field(default_factory=dict)
     hierarchical: Mapping[str, HierarchicalChoice] = field(default_factory=dict)
     reordered: Mapping[str, str] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
+    means: frozenset[str] = frozenset()
     remainders: Mapping[str, RemainderChoice] = field(default_factory=dict)
     linear: Mapping[str, LinearRule | str] = field(default_factory=dict)
     own: frozenset[int] = frozenset()
@@ -198,3 +276,9 @@ def add_input(gm: fx.GraphModule, name: str, fake: Any, spec: Any) -> fx.Node:
     node.meta["val"] = fake
     node.meta["ditopt"] = spec
     return node
+
+
+def add_slot(gm: fx.GraphModule, site: str, like: Any) -> fx.Node:
+    """A further placeholder for the number of the selector at `site`; `like` is a fake tensor."""
+    fake = like.new_empty((), dtype=torch.int64, device="cpu")
+    return add_input(gm, f"{site}_slot", fake, SelectorSlot(site))

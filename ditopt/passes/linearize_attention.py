@@ -22,6 +22,7 @@ from torch import fx
 from ditopt.graph import arguments, fake_value
 from ditopt.kernels.linear_attention import ops as _linear  # noqa: F401  (registers the operator)
 from ditopt.passes.base import (
+    LAUNCH_OF,
     BlockLists,
     ForcedBlocks,
     NodeDecision,
@@ -41,12 +42,14 @@ class LinearizeAttention:
     """See the module."""
 
     name = "linearize_attention"
-    after = frozenset({"select_sparse_pattern", "fuse_heads", "select_blocks_online"})
+    after = frozenset(
+        {"select_sparse_pattern", "fuse_heads", "select_blocks_online", "select_head_orders"}
+    )
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> list[NodeDecision]:
         """Add the linear part at each site for which the plan holds a projection."""
         launches = {
-            _site(node): node
+            site_of(node): node
             for node in gm.graph.nodes
             if node.op == "call_function" and node.target is BLOCK_SPARSE
         }
@@ -63,8 +66,10 @@ class LinearizeAttention:
         return decisions
 
 
-def _site(node: fx.Node) -> str | None:
+def site_of(node: fx.Node) -> str | None:
     """The attention whose lists a launch reads, for all of its heads."""
+    if LAUNCH_OF in node.meta:
+        return str(node.meta[LAUNCH_OF])
     counts = arguments(node)[3]
     if counts.op == "call_function" and isinstance(counts.args[0], fx.Node):
         selector = counts.args[0]  # counts are an item of what a selector returns

@@ -4,10 +4,13 @@
 
 `forced` is an input: the blocks that are kept whatever they score (text, the diagonal, a static
 pattern), so one program serves every shape of text. Nothing waits for the device, and the lists
-have full width, so CUDA graphs can record it.
+have full width, so CUDA graphs can record it. A choice that serves several computed steps, exact
+mass, and rules that look at whole heads are the operator `select_blocks`, which also reads a number
+of its own: the step runtime keeps its lists.
 
 Preconditions: as for `select_sparse_pattern`. Error: not predicted; it follows the data. Papers:
-VSA (arXiv 2505.13389), SpargeAttn (arXiv 2502.18137), Sol-Attn (arXiv 2607.24027).
+VSA (arXiv 2505.13389), SpargeAttn (arXiv 2502.18137), Sol-Attn (arXiv 2607.24027), AdaSpa
+(arXiv 2502.21079), DraftAttention (arXiv 2505.14708).
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from torch import fx
 
 from ditopt.graph import fake_value
 from ditopt.kernels.block_selection import ops as _selection  # noqa: F401  (registers operators)
+from ditopt.kernels.block_selection import ops_kept as _kept  # noqa: F401  (likewise)
+from ditopt.kernels.block_selection.reference import RULES
 from ditopt.passes.base import (
     EXECUTOR,
     ForcedBlocks,
@@ -27,11 +32,13 @@ from ditopt.passes.base import (
     OnlineChoice,
     PassContext,
     add_input,
+    add_slot,
 )
 from ditopt.passes.select_sparse_pattern import BLOCK_SPARSE, reject
 from ditopt.sites import SDPA, attention_operands
 
 SELECT = torch.ops.ditopt.select_blocks_pooled.default
+SELECT_KEPT = torch.ops.ditopt.select_blocks.default
 
 
 class SelectBlocksOnline:
@@ -50,12 +57,17 @@ class SelectBlocksOnline:
             reason = reject(node, choice.heads)
             if reason is None:
                 _rewrite(gm, node, choice)
-            text = reason or (
-                f"{choice.rule} {choice.amount:g} of pooled blocks of "
-                f"{choice.block_q} x {choice.block_k} tokens, chosen at every call"
-            )
-            decisions.append(NodeDecision(node.name, reason is None, text))
+            decisions.append(NodeDecision(node.name, reason is None, reason or _text(choice)))
         return decisions
+
+
+def _text(choice: OnlineChoice) -> str:
+    scores = {"pooled": "pooled blocks", "mass": "the exact mass of blocks"}[choice.scores]
+    when = "every call" if choice.refresh == 1 else f"one of {choice.refresh} computed calls"
+    return (
+        f"{choice.rule} {choice.amount:g} of {scores} of {choice.block_q} x {choice.block_k} "
+        f"tokens, chosen at {when}"
+    )
 
 
 def _rewrite(gm: fx.GraphModule, node: fx.Node, choice: OnlineChoice) -> None:
@@ -67,8 +79,15 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, choice: OnlineChoice) -> None:
     forced = add_input(gm, f"{node.name}_forced", fake, ForcedBlocks(node.name))
     blocks = (choice.block_q, choice.block_k)
     rule = (choice.rule, choice.amount, choice.minimum)
+    stateless = choice.scores == "pooled" and choice.rule in RULES and choice.refresh == 1
+    slot = None if stateless else add_slot(gm, node.name, q_fake)
     with gm.graph.inserting_before(node):
-        lists = gm.graph.call_function(SELECT, (q, k, forced, *blocks, *rule, scale))
+        settings = (*blocks, *rule, scale)
+        if slot is None:
+            lists = gm.graph.call_function(SELECT, (q, k, forced, *settings))
+        else:
+            kept = (q, k, forced, slot, choice.scores, *settings, choice.refresh)
+            lists = gm.graph.call_function(SELECT_KEPT, kept)
         counts, ids = (gm.graph.call_function(operator.getitem, (lists, part)) for part in (0, 1))
         sparse = gm.graph.call_function(BLOCK_SPARSE, (q, k, v, counts, ids, *blocks, scale))
     sparse.meta = {**node.meta, EXECUTOR: choice.executor}

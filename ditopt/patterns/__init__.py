@@ -6,7 +6,7 @@ and, as queries, attend to everything; `skip` alone keeps nothing at all.
 """
 
 from ditopt.patterns.blocks import block_lists, block_mask, density
-from ditopt.patterns.candidates import candidates
+from ditopt.patterns.candidates import candidates, orders
 from ditopt.patterns.kinds import (
     Band,
     Circle,
@@ -23,23 +23,36 @@ from ditopt.patterns.kinds import (
     Window,
 )
 from ditopt.patterns.selectors import (
+    BlockSelector,
+    Clusters,
+    ExactTopK,
+    ExactTopP,
     Hierarchical,
+    OrderSelector,
+    PooledPercentile,
     PooledThreshold,
     PooledTopK,
     PooledTopP,
     Selector,
+    TwoMasks,
 )
 
 __all__ = [
     "Band",
+    "BlockSelector",
     "Circle",
+    "Clusters",
     "Dense",
+    "ExactTopK",
+    "ExactTopP",
     "FrameTile",
     "GridPattern",
     "HeadPattern",
     "Hierarchical",
     "MultiDiagonal",
+    "OrderSelector",
     "Periodic",
+    "PooledPercentile",
     "PooledThreshold",
     "PooledTopK",
     "PooledTopP",
@@ -47,10 +60,12 @@ __all__ = [
     "Selector",
     "Skip",
     "Stripe",
+    "TwoMasks",
     "Unit",
     "Window",
     "block_lists",
     "block_mask",
     "candidates",
     "density",
+    "orders",
 ]

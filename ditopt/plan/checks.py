@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Sampler,
         SiteRecord,
     )
+    from ditopt.token_order import TokenOrder
 
 
 class SiteLike(Protocol):
@@ -131,16 +132,19 @@ def check_linear_rules(phases: Sequence[Phase], linears: Sequence[LinearRecord])
                 field = f"phases[{number}].linear[{site_id!r}]"
                 raise PlanError(f"{field}: no such site", remedy=did_you_mean(site_id, known))
 
+
+def check_remainders(phases: Sequence[Phase]) -> None:
+    """Remainders stand at sites that leave something out."""
+    for number, phase in enumerate(phases):
         for site_id in phase.remainders:
+            field = f"phases[{number}].remainders[{site_id!r}]"
             if site_id not in phase.attention and site_id not in phase.selectors:
                 raise PlanError(
-                    f"phases[{number}].remainders[{site_id!r}]: the site leaves nothing out; it "
-                    "stands in neither `attention` nor `selectors`"
+                    f"{field}: the site leaves nothing out; it stands in neither `attention` nor "
+                    "`selectors`"
                 )
             if getattr(phase.selectors.get(site_id), "kind", None) == "hierarchical":
-                raise PlanError(
-                    f"phases[{number}].remainders[{site_id!r}]: a hierarchical selector has its own"
-                )
+                raise PlanError(f"{field}: a hierarchical selector has its own")
 
 
 def _check_selector(
@@ -153,6 +157,17 @@ def _check_selector(
         raise PlanError(f"{field}: the site stands in `attention` too; keep one of the two")
     if site.kind == "cross":
         raise PlanError(f"{field}: cross-attention takes no selector")
+
+
+def check_orders(phases: Sequence[Phase], order: TokenOrder | None) -> None:
+    """Selectors that choose an order of tokens start from the raster."""
+    for number, phase in enumerate(phases):
+        for site_id, selector in phase.selectors.items():
+            if selector.kind in ("clusters", "two_masks") and order is not None:
+                raise PlanError(
+                    f"phases[{number}].selectors[{site_id!r}]: {selector.kind!r} chooses an order "
+                    f"of tokens for each head; `order` must be null, got {order.kind!r}"
+                )
 
 
 def check_cache(cache: Cache, calls: int) -> None:

@@ -75,6 +75,8 @@ class Plan(BaseModel):
         checks.check_sampler(self.sampler)
         checks.check_phases(self.phases, self.sampler.calls)
         checks.check_rules(self.phases, self.model.sites, self.layout)
+        checks.check_remainders(self.phases)
+        checks.check_orders(self.phases, self.order)
         checks.check_linear_rules(self.phases, self.model.linears)
         if self.cache is not None:
             checks.check_cache(self.cache, self.sampler.calls)

@@ -151,6 +151,16 @@ class Block(_Part):
     k: Count = 128
 
 
+class MeanRemainder(_Part):
+    """The mean of each block that a site's lists leave out stands for it (Sol-Attn, 2607.24027).
+
+    One weighted token for each block, in the same softmax; a skipped head sees every block so. No
+    weights, no training.
+    """
+
+    kind: Literal["mean"] = "mean"
+
+
 class LinearRemainder(_Part):
     """Linear attention on the blocks that a site's lists leave out (SLA, arXiv 2509.24006).
 
@@ -163,6 +173,10 @@ class LinearRemainder(_Part):
 
     kind: Literal["linear"] = "linear"
     phi: Literal["softmax", "elu", "relu"] = "softmax"
+
+
+Remainder = Annotated[MeanRemainder | LinearRemainder, Field(discriminator="kind")]
+"""What stands for the blocks that an attention leaves out; without one they are dropped."""
 
 
 def remainder_tensor(site: str) -> str:
@@ -184,7 +198,7 @@ class Phase(_Part):
     calls: tuple[Index, Index]
     attention: Annotated[dict[Text, tuple[HeadPattern, ...]], AfterValidator(_by_site)] = {}
     selectors: Annotated[dict[Text, Selector], AfterValidator(_by_site)] = {}
-    remainders: Annotated[dict[Text, LinearRemainder], AfterValidator(_by_site)] = {}
+    remainders: Annotated[dict[Text, Remainder], AfterValidator(_by_site)] = {}
     linear: Annotated[dict[Text, LinearRule], AfterValidator(_by_site)] = {}
 
 

@@ -12,6 +12,7 @@ from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
 from ditopt.errors import PlanError
+from ditopt.kernels.block_selection.reuse import keeping
 from ditopt.runtime.counters import Artifact, activate
 from ditopt.runtime.doubts import Doubt
 from ditopt.runtime.forecast import forecast
@@ -104,14 +105,18 @@ class StepRuntime:
         step = tracker.locate(inputs, self.programs.roles, self._scope)
         stored: tuple[Tensor, ...] | None = None
         gated: bool | None = None
+        # A CUDA graph does the same work each time, whatever the host has kept.
+        usable = step.branch is not None and step.doubt is None and self._graphs is None
+        kept = step.branch.kept if step.branch is not None and usable else None
         try:
             sources, doubt = self._sources(step)
-            if not sources:
-                result, stored = self._run_full(inputs, step)
-            elif self._schedule.gate is None:
-                result = self._run_skip(inputs, step, sources)
-            else:
-                result, stored, gated = self._run_gated(inputs, step, sources)
+            with keeping(kept):
+                if not sources:
+                    result, stored = self._run_full(inputs, step)
+                elif self._schedule.gate is None:
+                    result = self._run_skip(inputs, step, sources)
+                else:
+                    result, stored, gated = self._run_gated(inputs, step, sources)
         except BaseException:
             tracker.abandon(step)
             raise

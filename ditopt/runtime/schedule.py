@@ -43,6 +43,7 @@ class StepSchedule:
         branches: how many guidance branches call the model in turn (2 for sequential
             classifier-free guidance, 1 when the halves are batched).
         gate: may run skip calls in full.
+        keeps_lists: some selector's choice serves several computed calls of a branch.
     """
 
     full: tuple[bool, ...]
@@ -51,6 +52,7 @@ class StepSchedule:
     phases: tuple[tuple[int, int], ...] = ()
     branches: int = 1
     gate: Gate | None = None
+    keeps_lists: bool = False
 
     def __post_init__(self) -> None:
         if not self.coefficients:
@@ -72,6 +74,7 @@ class StepSchedule:
         phases: Sequence[tuple[int, int]] = (),
         branches: int = 1,
         gate: Gate | None = None,
+        keeps_lists: bool = False,
     ) -> StepSchedule:
         """The schedule as a plan writes it: indices of full calls and one row per skip call."""
         stray = sorted({*full, *coefficients} - set(range(calls)))
@@ -88,6 +91,7 @@ class StepSchedule:
             phases=tuple((first, end) for first, end in phases),
             branches=branches,
             gate=gate,
+            keeps_lists=keeps_lists,
         )
 
     @property
@@ -108,7 +112,7 @@ class StepSchedule:
     @property
     def trivial(self) -> bool:
         """Whether every call does the same, so that its position in the run does not matter."""
-        return not self.skips and len(self.phases) == 1
+        return not (self.skips or self.keeps_lists or len(self.phases) > 1)
 
     @cached_property
     def sources(self) -> tuple[tuple[tuple[int, float], ...], ...]:

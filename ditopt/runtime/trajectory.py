@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ditopt.kernels.block_selection.reuse import Kept
 from ditopt.runtime.doubts import Doubt
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Branch:
         leases: keep the addresses in `identity` from being reused.
         next: the call that is expected next; T when the run is over.
         residuals: full call -> one tensor per output of the block stack.
+        kept: what selectors keep from call to call.
         gap: why residuals that the schedule counts on may be missing.
         seen: number of calls so far.
         whole: whether it has followed the plan from call 0 on without interruption.
@@ -39,6 +41,7 @@ class Branch:
     leases: tuple[StorageWeakRef, ...]
     next: int = 0
     residuals: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
     gap: Doubt = Doubt.JOINED_LATE
     seen: int = 0
     whole: bool = False
@@ -47,6 +50,7 @@ class Branch:
     def drop_residuals(self, gap: Doubt) -> None:
         """Forget what was stored, and remember why."""
         self.residuals.clear()
+        self.kept.clear()
         self.gap = gap
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditopt.kernels.block_selection import clusters
-from ditopt.kernels.block_selection.reuse import IndexReuse
+from ditopt.kernels.block_selection.reuse import Kept, active, keeping
 from ditopt.kernels.block_sparse_attention import reference as block_sparse
 from ditopt.kernels.block_sparse_attention.api import validate_lists
 from ditopt.kernels.block_sparse_attention.lists import to_blocks
@@ -134,7 +134,7 @@ def test_kept_clusters_attend_almost_like_all() -> None:
 
 
 def test_reuse_counts_computed_steps_by_key() -> None:
-    reuse, made = IndexReuse(every=3), []
+    kept, made = Kept(), []
 
     def choose() -> tuple[Tensor, Tensor]:
         made.append(len(made))
@@ -144,14 +144,28 @@ def test_reuse_counts_computed_steps_by_key() -> None:
     for step in range(8):
         if step in (2, 3):
             continue  # a step that a cache skips does not come here
-        ages.append(int(reuse.lists(("site", "cond"), choose)[0]))
+        ages.append(int(kept.lists(("site", "cond"), 3, choose)[0]))
     assert ages == [1, 1, 1, 2, 2, 2]
-    assert int(reuse.lists(("site", "uncond"), choose)[0]) == 3
-    assert int(reuse.lists(("site", "cond"), choose)[0]) == 4
-    reuse.reset()
-    assert int(reuse.lists(("site", "cond"), choose)[0]) == 5
+    assert int(kept.lists(("site", "uncond"), 3, choose)[0]) == 3
+    assert int(kept.lists(("site", "cond"), 3, choose)[0]) == 4
+    kept.clear()
+    assert int(kept.lists(("site", "cond"), 3, choose)[0]) == 5
 
 
 def test_reuse_refuses_no_steps() -> None:
     with pytest.raises(ValueError, match="every: must be positive, got 0"):
-        IndexReuse(every=0)
+        Kept().lists("site", 0, lambda: (torch.tensor(0), torch.tensor(0)))
+
+
+def test_values_are_kept_while_they_are_active() -> None:
+    kept = Kept()
+    assert active() is None
+    with keeping(kept):
+        assert active() is kept
+        with keeping(None):
+            assert active() is None
+        kept.remember("site", 3)
+    assert active() is None
+    assert (kept.recall("site"), kept.recall("other")) == (3, None)
+    kept.clear()
+    assert kept.recall("site") is None

@@ -44,7 +44,7 @@ def _select_pooled(
         return reference.select_pooled(q, k, forced, block_q, block_k, rule, amount, minimum, scale)
     from . import triton  # Triton is imported on the first launch only
 
-    scores = reference.score_means(triton.pool(q, block_q), triton.pool(k, block_k), scale)
+    scores = reference.score_means(pooled(q, block_q), pooled(k, block_k), scale)
     return triton.choose(scores, k.shape[2], block_k, forced, rule, amount, minimum)
 
 
@@ -75,7 +75,17 @@ def _select_mass(
     return triton.choose(scores, k.shape[2], block_k, forced, rule, amount, minimum)
 
 
-def _fake_lists(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+def pooled(x: Tensor, block: int) -> Tensor:
+    """Means of blocks, float32 or float64, by the kernel of x's device: `reference.pool`."""
+    if not x.is_cuda or x.dtype == torch.float64:
+        return reference.pool(x, block)
+    from . import triton  # Triton is imported on the first launch only
+
+    return triton.pool(x, block)
+
+
+def fake_lists(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised counts [B, H, QB] and ids [B, H, QB, KB]."""
     rows = (q.shape[2] + block_q - 1) // block_q
     width = (k.shape[2] + block_k - 1) // block_k
     shape = (q.shape[0], q.shape[1], rows)
@@ -89,20 +99,20 @@ def _fake_pooled(
     q: Tensor, k: Tensor, forced: Tensor, block_q: int, block_k: int,
     rule: str, amount: float, minimum: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _fake_lists(q, k, block_q, block_k)
+    return fake_lists(q, k, block_q, block_k)
 
 
 def _fake_select_mass(
     q: Tensor, k: Tensor, lse: Tensor, forced: Tensor, block_q: int, block_k: int,
     rule: str, amount: float, minimum: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _fake_lists(q, k, block_q, block_k)
+    return fake_lists(q, k, block_q, block_k)
 
 
 def _fake_mass(
     q: Tensor, k: Tensor, lse: Tensor, block_q: int, block_k: int, scale: float
 ) -> Tensor:
-    _, ids = _fake_lists(q, k, block_q, block_k)
+    _, ids = fake_lists(q, k, block_q, block_k)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(ids.shape, dtype=dtype)
 

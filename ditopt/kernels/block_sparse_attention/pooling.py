@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lists import Partial, Pooled, pack_bits, to_blocks
+from .lists import WORD, Partial, Pooled, pack_bits, to_blocks
 
 _NAME = "ditopt::block_means"
+_BITS = "ditopt::dropped_bits"
 torch.library.define(_NAME, "(Tensor x, int block, Tensor? lengths=None) -> Tensor")
+torch.library.define(_BITS, "(Tensor kv_num_blocks, Tensor kv_indices) -> Tensor")
 
 
 def _place_weights(n: int, block: int, lengths: Tensor | None, device: torch.device) -> Tensor:
@@ -108,6 +110,20 @@ def dropped_bits(counts: Tensor, ids: Tensor, key_blocks: int, partial: Partial 
     if partial is not None:
         keep = keep | to_blocks(partial.num_blocks, partial.indices, key_blocks)
     return pack_bits(~keep)
+
+
+def _bits_of_lists(counts: Tensor, ids: Tensor) -> Tensor:
+    """`dropped_bits` of lists of full width, as an operator for graphs; waits for nothing."""
+    return dropped_bits(counts, ids, ids.shape[-1], None)
+
+
+def _fake_bits(counts: Tensor, ids: Tensor) -> Tensor:
+    return ids.new_empty(*ids.shape[:-1], (ids.shape[-1] + WORD - 1) // WORD)
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl(_BITS, _device)(_bits_of_lists)
+torch.library.register_fake(_BITS, _fake_bits)
 
 
 def mean_substitute(
