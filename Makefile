@@ -60,6 +60,7 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m ditopt.config > docs/env_vars.md
+	$(BIN)/python -m ditopt.recipes > docs/recipes.md
 	$(BIN)/python benchmarks/readme_table.py
 
 bench: $(READY)
