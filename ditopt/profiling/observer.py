@@ -10,10 +10,13 @@ from torch import Tensor
 
 from ditopt.caching import ResidualGram
 from ditopt.errors import ProfileError
-from ditopt.patterns import block_mask, candidates
 from ditopt.plan import Block, SiteRecord
 from ditopt.plan.checks import SiteLike
-from ditopt.profiling.candidates import candidate_errors
+from ditopt.profiling.candidates import SCRATCH_BYTES, candidate_errors
+from ditopt.profiling.cluster_maps import cluster_recall
+from ditopt.profiling.map_record import MapRecord
+from ditopt.profiling.maps import HeadMaps
+from ditopt.profiling.options import OptionSet
 from ditopt.profiling.schema import AttentionOption, SeedRecord, SiteShape
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ class ObservedSite(SiteLike, Protocol):
 
 
 class ProfileObserver:
-    """Collects candidate errors on some calls, and the block stack's residuals on all.
+    """Collects errors and maps on some calls, and the block stack's residuals on all.
 
     `ditopt.observe` calls `suggest_layout` before the first attention, if it infers a grid. The
     profile calls `begin_seed` before each sampling loop and `begin_call` before each call.
@@ -38,9 +41,10 @@ class ProfileObserver:
         layout: token grid, None where unknown.
         block: block sizes.
         calls: T, calls per guidance branch.
-        observed_calls: the call indices at which candidate errors are measured.
+        observed_calls: the call indices at which errors are measured and maps are taken.
         branches: guidance branches that call the model separately.
-        memory_bytes: memory for residuals; they are sketched where they need more.
+        memory_bytes: memory for tiles of attention and for residuals, which are sketched where
+            they need more.
     """
 
     def __init__(
@@ -57,12 +61,14 @@ class ProfileObserver:
         self.observed_calls = tuple(observed_calls)
         self.sites: dict[str, SiteRecord] = {}
         self.shapes: dict[str, SiteShape] = {}
-        self.options: tuple[AttentionOption, ...] = ()
+        self.choices = OptionSet((None,), ((),))
         self.left_dense: dict[str, str] = {}
+        self.residual_bytes = 0
         self._calls = calls
         self._branches = branches
-        self._memory_bytes = memory_bytes
-        self._keep: dict[int, Tensor] = {}
+        self._scratch_bytes = min(SCRATCH_BYTES, memory_bytes // 4)
+        self._memory_bytes = memory_bytes - self._scratch_bytes
+        self._keep: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self.begin_seed()
 
     def suggest_layout(self, layout: TokenLayout) -> None:
@@ -71,8 +77,11 @@ class ProfileObserver:
             self.layout = layout
 
     def begin_seed(self) -> None:
-        """Forget the sums of the sampling loop before; sites and candidates stay."""
+        """Forget the sums of the sampling loop before; sites and options stay."""
         self._call = self._branch = 0
+        self._maps: dict[str, dict[int, HeadMaps]] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._clusters: dict[str, Tensor] = {}
         self._errors: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self._grams: dict[int, ResidualGram] = {}
@@ -91,24 +100,42 @@ class ProfileObserver:
         scale: float | None,
         mask: Tensor | None,
     ) -> None:
-        """Note a site; measure its candidates on observed calls. q, k, v are [B, H, N, D]."""
+        """Note a site; measure its options on observed calls. q, k, v are [B, H, N, D]."""
         self._require_finite(site.id, q, k, v)
         if site.id not in self.sites:
             self._meet(site, q, k)
-        if site.id not in self.shapes or self._call not in self.observed_calls:
-            return
-        keep = self._keep_masks(q.shape[2])
-        found = candidate_errors(
-            *(q, k, v, keep),
-            block_q=self.block.q,
-            block_k=self.block.k,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        )
-        row = self.observed_calls.index(self._call)
-        heads, choices = found.squared_error.shape
-        zeros = torch.zeros(len(self.observed_calls), heads, choices, dtype=torch.float64)
-        self._errors.setdefault(site.id, zeros)[row] += found.squared_error
-        self._norms.setdefault(site.id, zeros[..., 0].clone())[row] += found.squared_norm
+        if site.id in self.shapes and self._call in self.observed_calls:
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            self._measure(site.id, q, k, v, scale)
+            if self._branch == 0 and self._call == self.middle_call:
+                self._clusters[site.id] = cluster_recall(q, k, scale)
+
+    def _measure(self, site: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        """Errors of every option, one pass for each order of tokens; maps in the model's own."""
+        row, choices = self.observed_calls.index(self._call), len(self.options)
+        zeros = torch.zeros(len(self.observed_calls), q.shape[1], choices, dtype=torch.float64)
+        errors = self._errors.setdefault(site, zeros)
+        norms = self._norms.setdefault(site, zeros[..., 0].clone())
+        kept = self._kept.setdefault(site, torch.ones_like(zeros, dtype=torch.float32))
+        for order in range(len(self.choices.orders)):
+            places, masks = self._masks_of(order, q.shape[2])
+            moved = [x if places is None else x[:, :, places.to(x.device)] for x in (q, k, v)]
+            found = candidate_errors(
+                *(moved[0], moved[1], moved[2], masks),
+                block_q=self.block.q,
+                block_k=self.block.k,
+                scale=scale,
+                scratch_bytes=self._scratch_bytes,
+            )
+            dropped, means = self.choices.places(order)
+            errors[row, :, dropped] += found.squared_error
+            errors[row, :, means] += found.mean_error
+            if self._branch == 0:
+                kept[row, :, dropped] = kept[row, :, means] = found.kept_mass.float()
+            if order == 0:
+                norms[row] += found.squared_norm
+                if self._branch == 0:
+                    self._maps.setdefault(site, {})[row] = HeadMaps.of(found.mass)
 
     def stack(self, base: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
         """Add the residuals of the block stack at this call to the branch's Gram matrix."""
@@ -119,6 +146,7 @@ class ProfileObserver:
         ]
         if self._branch not in self._grams:
             size = sum(residual.numel() for residual in residuals)
+            self.residual_bytes = self._branches * sum(residual.nbytes for residual in residuals)
             self._grams[self._branch] = ResidualGram(self._calls, sketch=self._sketch(size))
         self._grams[self._branch].add(self._call, *residuals)
         for after in outputs:
@@ -136,6 +164,29 @@ class ProfileObserver:
             hidden_energy=self._hidden_energy,
             step_energy=step_energy,
         )
+
+    def maps(self) -> MapRecord:
+        """What the loop's first branch showed of the attention maps."""
+        names = ("mass", "recall", "top", "rank")
+        stacked = {
+            name: {
+                site: torch.stack([getattr(seen[row], name) for row in sorted(seen)])
+                for site, seen in self._maps.items()
+            }
+            for name in names
+        }
+        return MapRecord(**stacked, kept=self._kept, clusters=self._clusters)
+
+    @property
+    def options(self) -> tuple[AttentionOption, ...]:
+        """All that is measured at each site; none before the first site was met."""
+        return self.choices.options if any(self.choices.patterns) else ()
+
+    @property
+    def middle_call(self) -> int | None:
+        """The observed call at which clusters are looked for: their pass is not for every call."""
+        calls = self.observed_calls
+        return calls[len(calls) // 2] if calls else None
 
     def _sketch(self, elements: int) -> int | None:
         """Size of the residuals' sketch, None where exact ones fit into the memory."""
@@ -163,8 +214,7 @@ class ProfileObserver:
             dtype=str(q.dtype).removeprefix("torch."),
         )
         if not self.options:
-            patterns = candidates(self.layout, tokens, self.block.q, self.block.k)
-            self.options = tuple(AttentionOption(pattern=pattern) for pattern in patterns)
+            self.choices = OptionSet.of(self.layout, tokens, self.block)
 
     def _reason_to_leave_dense(self, site: ObservedSite, q: Tensor, k: Tensor) -> str | None:
         if site.kind == "cross" or q.shape[2] != k.shape[2]:
@@ -181,14 +231,14 @@ class ProfileObserver:
             return str(error)
         return None
 
-    def _keep_masks(self, tokens: int) -> Tensor:
-        """Blocks that each candidate keeps, bool [C, QB, KB]."""
-        if tokens not in self._keep:
-            sizes = (tokens, tokens, self.block.q, self.block.k)
-            self._keep[tokens] = torch.stack(
-                [block_mask(option.pattern, self.layout, *sizes) for option in self.options]
+    def _masks_of(self, order: int, tokens: int) -> tuple[Tensor | None, Tensor]:
+        """Where an order takes tokens from, and the blocks that its patterns keep."""
+        if (order, tokens) not in self._keep:
+            self._keep[order, tokens] = (
+                self.choices.permutation(order, self.layout, tokens),
+                self.choices.masks(order, self.layout, tokens, self.block),
             )
-        return self._keep[tokens]
+        return self._keep[order, tokens]
 
     def _require_finite(self, where: str, *tensors: Tensor) -> None:
         for tensor in tensors:

@@ -20,6 +20,7 @@ from ditopt.plan import (
     ModelRecord,
     Sampler,
 )
+from ditopt.profiling.analysis import analyse_folder
 from ditopt.profiling.cost import measure_costs
 from ditopt.profiling.loops import (
     Observe,
@@ -29,6 +30,7 @@ from ditopt.profiling.loops import (
     plain_loop,
     sampler_of,
 )
+from ditopt.profiling.map_record import has_maps
 from ditopt.profiling.observer import ProfileObserver
 from ditopt.profiling.schema import PROFILE_NAME, Costs, Profile, has_seed
 from ditopt.progress import Progress, silent
@@ -101,12 +103,18 @@ def profile(
     if existing is not None:
         _refuse_other(existing, draft)
     _announce(progress, seeds, loop_ms, spec)
-    finished = [n for n in (existing.finished if existing else ()) if has_seed(folder, n)]
+    finished = [
+        n
+        for n in (existing.finished if existing else ())
+        if has_seed(folder, n) and has_maps(folder, n)
+    ]
     # Once for all seeds: Dynamo compiles a function a few times only, then runs it unobserved.
     observed = (observe or _observe)(model, observer)
     for seed in range(seeds):
         if seed not in finished:
-            observed_loop(workload, seed, trace, observer, observed).save(folder, seed)
+            record = observed_loop(workload, seed, trace, observer, observed)
+            observer.maps().save(folder, seed)
+            record.save(folder, seed)  # last: a seed with its record is finished
             finished.append(seed)
             existing = _describe(workload, model, draft.sampler, observer, seeds, source)
             existing = existing.model_copy(update={"finished": tuple(sorted(finished))})
@@ -123,6 +131,7 @@ def profile(
         update["costs"] = measure(workload, existing, progress)
     done = existing.model_copy(update=update)
     done.save(folder)
+    analyse_folder(folder)
     progress("profile", seeds + 1, seeds + 1)
     return done
 
@@ -181,11 +190,14 @@ def _describe(
         layout=observer.layout,
         block=observer.block,
         options=observer.options,
+        orders=observer.choices.orders,
         shapes=observer.shapes,
         observed_calls=observer.observed_calls,
         data_range=workload.data_range,
         seeds=tuple(range(seeds)),
         source=source,
+        weight_bytes=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        residual_bytes=observer.residual_bytes,
         notes=tuple(_notes(observer.left_dense)),
     )
 

@@ -108,6 +108,8 @@ class Profile(_Part):
         seeds: seeds that were asked for.
         finished: those that have been recorded.
         costs: measured times; null until all seeds are recorded.
+        weight_bytes: of all the model's parameters and buffers.
+        residual_bytes: of one stored residual of the block stack, all guidance branches together.
         notes: what was left out, and why.
     """
 
@@ -126,6 +128,8 @@ class Profile(_Part):
     seeds: tuple[int, ...]
     finished: tuple[int, ...] = ()
     costs: Costs | None = None
+    weight_bytes: int = Field(0, ge=0)
+    residual_bytes: int = Field(0, ge=0)
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")

@@ -111,4 +111,8 @@ def test_an_inferred_layout_serves_where_none_is_stated() -> None:
 def test_without_a_layout_only_the_ends_are_candidates() -> None:
     observer = make()
     show(observer, Site())
-    assert [option.pattern for option in observer.options] == [Dense(), Skip()]
+    assert [(o.pattern, o.remainder) for o in observer.options] == [
+        (Dense(), "drop"),
+        (Skip(), "drop"),
+        (Skip(), "mean"),
+    ]

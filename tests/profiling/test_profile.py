@@ -21,7 +21,7 @@ from ditopt.profiling import Profile, ProfileSpec, SeedRecord, load_complete
 from ditopt.profiling.latents import StepEnergy
 from ditopt.profiling.observer import ProfileObserver
 from ditopt.profiling.run import profile
-from ditopt.profiling.schema import AttentionCost, Costs
+from ditopt.profiling.schema import AttentionCost, AttentionOption, Costs
 from ditopt.progress import Progress
 from ditopt.workload import Workload
 
@@ -112,7 +112,11 @@ def test_a_profile_describes_the_loop_and_its_sites(tmp_path: Path) -> None:
         "blocks.0.attn2#0: dense attention, queries and keys are different sequences",
     )
     assert done.options[0].pattern == Dense()
-    assert done.options[-1].pattern == Skip()
+    assert done.options.count(AttentionOption(pattern=Skip())) == 1
+    assert done.orders[0] is None
+    assert {option.order for option in done.options} == set(range(len(done.orders)))
+    assert {option.remainder for option in done.options} == {"drop", "mean"}
+    assert len(set(done.options)) == len(done.options) <= 64
 
 
 def test_tensors_hold_errors_and_residuals(tmp_path: Path) -> None:
@@ -121,7 +125,8 @@ def test_tensors_hold_errors_and_residuals(tmp_path: Path) -> None:
     for site in done.shapes:
         assert first.squared_error[site].shape == (3, HEADS, len(done.options))
         assert (first.squared_error[site][..., 0] == 0).all()
-        torch.testing.assert_close(first.squared_error[site][..., -1], first.squared_norm[site])
+        skip = done.options.index(AttentionOption(pattern=Skip()))
+        torch.testing.assert_close(first.squared_error[site][..., skip], first.squared_norm[site])
     assert not torch.equal(first.gram, second.gram)
     torch.testing.assert_close(first.gram, first.gram.T)
     assert torch.linalg.eigvalsh(first.gram).min() > -1e-6
