@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.errors import WeightError
+from ditopt.quantization.codebook import CALIBRATED
 from ditopt.quantization.transforms import NEEDS
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def linear_choices(
         rule = rules.get(site.id)
         if rule is not None:
             reason = _reason(captured, site, inputs, shared)
-            reason = reason or _missing(rule, statistics.get(site.id, {}), site.in_features)
+            reason = reason or _missing(rule, statistics.get(site.id, {}), site)
             found[site.id] = reason or rule
     return found
 
@@ -95,7 +96,14 @@ def _reason(
     return None
 
 
-def _missing(rule: LinearRule, statistics: Mapping[str, Tensor], k: int) -> str | None:
+def _missing(rule: LinearRule, statistics: Mapping[str, Tensor], site: LinearSite) -> str | None:
+    n, k = site.out_features, site.in_features
+    if rule.calibrated:
+        if not statistics.keys() >= set(CALIBRATED):
+            return "the plan's side file holds no calibrated codebook of the layer"
+        found = tuple(statistics["codes"].shape)
+        if found != (n, k // 4):
+            return f"the plan's codes have shape {found}, the layer has N = {n}, K = {k}"
     for name in NEEDS[rule.transform]:
         if name not in statistics:
             return f"transform {rule.transform!r} needs the statistic {name!r}, not in the plan"

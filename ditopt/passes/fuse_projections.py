@@ -54,6 +54,8 @@ def _reject(members: list[fx.Node], ctx: PassContext, own: set[fx.Node]) -> str 
         return "switched off by the option fuse_projections"
     weights = [_weight(node) for node in members]
     biases = [_bias(node) for node in members]
+    if getattr(ctx.linear.get(members[0].name), "calibrated", False):
+        return "each layer has a calibrated codebook of its own"
     if not own.issuperset(weights):
         return "a weight is computed, not a parameter"
     if len(set(weights)) < len(weights):

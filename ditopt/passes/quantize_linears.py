@@ -88,10 +88,10 @@ def _quantize(
     reason = layer if isinstance(layer, str) else _reject(node, rule)
     if reason is not None or isinstance(layer, str):
         return False, str(reason)
-    native = missing_hardware(rule.format, fake_value(node).device) is None
+    native = missing_hardware(rule.product, fake_value(node).device) is None
     text = _describe(rule, native, len(members))
     rounded = ctx.options.rounding_kernel and rule.transform == "none"
-    sources = _row_sources(node) if rounded and rule.format in ROW_FORMATS else None
+    sources = _row_sources(node) if rounded and rule.product in ROW_FORMATS else None
     _rewrite(gm, layer, native, sources)
     return True, text if sources is None else f"{text}, rounded by quantize_rows"
 
@@ -130,22 +130,22 @@ def _reject(node: fx.Node, rule: LinearRule) -> str | None:
         return f"the weight is {str(weight.dtype).removeprefix('torch.')} already"
     if weight.dtype != x.dtype:
         return f"weight and input have different dtypes ({weight.dtype}, {x.dtype})"
-    if rule.transform == "rotate" and rotation_block(k) is None:
+    if rule.transform.startswith("rotate") and rotation_block(k) is None:
         return f"K = {k} is no multiple of 4, as the rotation needs"
     stored = STORED_FORMATS.get(rule.format)
     if stored is not None and k % stored.multiple:
         return f"K = {k} is no multiple of {stored.multiple}, as {rule.format} needs"
-    missing = missing_hardware(rule.format, x.device)
+    missing = missing_hardware(rule.product, x.device)
     if missing is not None:
         return None if rule.simulate else f"{missing}, and the plan does not say simulate"
     rows = x.numel() // k
-    return refused_shape(rule.format, x.device, rows, k, n, x.dtype)
+    return refused_shape(rule.product, x.device, rows, k, n, x.dtype)
 
 
 def _describe(rule: LinearRule, native: bool, members: int) -> str:
-    row = ROW_FORMATS.get(rule.format)
+    row = ROW_FORMATS.get(rule.product or "")
     text = f"{rule.format} by {row.operator(native=native)}" if row is not None else rule.format
-    if row is None and rule.format != "none":
+    if rule.format in STORED_FORMATS:
         text += ", decoded at every call: smaller, not faster"
     if rule.transform != "none":
         text += f", {rule.transform}"
@@ -237,7 +237,7 @@ def _rounded(
         for part, _ in sources
     ]
     names = [name for _, name in sources]
-    pair = QUANTIZE(parts, names, ROW_FORMATS[rule.format].dtype)
+    pair = QUANTIZE(parts, names, ROW_FORMATS[rule.product or ""].dtype)
     return pair[0], pair[1]
 
 

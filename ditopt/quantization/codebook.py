@@ -1,8 +1,8 @@
 """2-bit weights as in VQ4DiT (arXiv 2408.17131): four neighbours along K share one of 256 words.
 
 The codebook is the k-means solution over the rows' pieces, each row divided by its root mean square
-first, which costs 16 bits a row and spares codewords. Seeds are drawn as k-means++ does. The
-paper's calibration of assignments on the denoiser's own trajectory is not done here.
+first, which costs 16 bits a row and spares codewords. Seeds are drawn as k-means++ does. What the
+paper's calibration adds is in `calibration`; its result travels in a plan's side file.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditopt.errors import WeightError
+
 aten = torch.ops.aten
 
 _WORDS, _WIDTH = 256, 4
 _ITERATIONS = 25
 _SAMPLE = 1 << 15
 _CHUNK = 1 << 18
+
+CALIBRATED = ("codes", "words", "scale", "checksum")
+"""Tensors of a calibrated layer in a plan's side file."""
 
 
 class Codebook:
@@ -38,8 +43,7 @@ class Codebook:
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """From [N, K] float32; K is a multiple of 4."""
         n, k = weight.shape
-        scale = weight.square().mean(1, keepdim=True).sqrt().half().clamp(min=6e-8)
-        pieces = (weight / scale.float()).reshape(-1, _WIDTH)
+        pieces, scale = pieces_of(weight)
         words = _k_means(pieces).half()
         return {
             "codes": _nearest(pieces, words.float()).to(torch.uint8).reshape(n, k // _WIDTH),
@@ -54,6 +58,33 @@ class Codebook:
         rows = aten.to.dtype(aten.reshape.default(pieces, [n, k]), torch.float32)
         scale = aten.to.dtype(parts["scale"], torch.float32)
         return aten.to.dtype(aten.mul.Tensor(rows, scale), out)
+
+
+def pieces_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbours along K of each row over its scale [N K / 4, 4], and the scales [N, 1] in fp16."""
+    scale = weight.square().mean(1, keepdim=True).sqrt().half().clamp(min=6e-8)
+    return (weight / scale.float()).reshape(-1, _WIDTH), scale
+
+
+def checksum(weight: Tensor) -> Tensor:
+    """[2] float64 that tells whether a weight is the one that was calibrated."""
+    wide = weight.double()
+    return torch.stack([wide.sum(), wide.abs().sum()]).cpu()
+
+
+def calibrated_parts(tensors: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """What `Codebook.encode` gives, from a plan's side file.
+
+    Raises:
+        WeightError: the weight has changed since.
+    """
+    seen, now = tensors["checksum"], checksum(weight)
+    if not torch.allclose(seen, now, rtol=1e-9, atol=1e-9 * float(now[1])):
+        raise WeightError(
+            "the weight of a calibrated codebook has changed since its calibration",
+            remedy="Calibrate again, or say `calibrated: false`: words from the weight alone.",
+        )
+    return {name: tensors[name].to(weight.device) for name in ("codes", "words", "scale")}
 
 
 def _k_means(pieces: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ditopt.errors import WeightError
 from ditopt.quantization import transforms
-from ditopt.quantization.codebook import Codebook
-from ditopt.quantization.int4_group import Int4Group
+from ditopt.quantization.codebook import Codebook, calibrated_parts
+from ditopt.quantization.group import Group
 from ditopt.quantization.rowwise import FP8_ROW, INT8_ROW, RowFormat
 from ditopt.quantization.twin_log import TwinLog
 
@@ -45,7 +45,11 @@ class StoredFormat(Protocol):
 
 
 ROW_FORMATS: dict[str, RowFormat] = {f.name: f for f in (FP8_ROW, INT8_ROW)}
-STORED_FORMATS: dict[str, StoredFormat] = {f.name: f for f in (Int4Group(), TwinLog(), Codebook())}
+STORED_FORMATS: dict[str, StoredFormat] = {
+    f.name: f for f in (Group(4), Group(2), TwinLog(4), TwinLog(2), Codebook())
+}
+ROW_SCALE = "row_scale"
+"""Of a stored weight that is multiplied in 8 bits: scales [1, N] of the decoded rows."""
 
 
 def operands(rule: LinearRule, n: int, k: int, dtype: torch.dtype) -> Parts:
@@ -63,7 +67,9 @@ def operands(rule: LinearRule, n: int, k: int, dtype: torch.dtype) -> Parts:
         found["weight"] = ((n, k), dtype)
     else:
         found |= _format(rule).parts(n, k)
-    found |= {name: (s, wide) for name, s in transforms.parts(rule.transform, k).items()}
+    if rule.activation != "none":
+        found[ROW_SCALE] = ((1, n), torch.float32)
+    found |= transforms.parts(rule.transform, k, wide)
     if rule.transform == "centre":
         found["bias"] = ((n,), dtype)
     return found
@@ -101,7 +107,14 @@ def derive(
         found["bias"] = bias.to(dtype)
     if rule.format == "none":
         return {"weight": weight.to(dtype), **found}
-    return {**_format(rule).encode(weight.float()), **found}
+    if rule.calibrated:
+        return {**calibrated_parts(statistics, wide), **found}
+    made = _format(rule).encode(weight.float())
+    if rule.activation != "none":
+        n, k = weight.shape
+        decoded = STORED_FORMATS[rule.format].decode(made, n, k, torch.float32)
+        found[ROW_SCALE] = ROW_FORMATS[rule.activation].encode(decoded)["scale"]
+    return {**made, **found}
 
 
 def compute(
@@ -133,8 +146,11 @@ def compute(
     if rule.transform != "none":
         wide = aten.to.dtype(x, computing_dtype(dtype))
         x = transforms.apply(wide, rule.transform, made, k)
-    row = ROW_FORMATS.get(rule.format)
+    row = ROW_FORMATS.get(rule.product or "")
     if row is not None:
+        if rule.activation != "none":
+            decoded = STORED_FORMATS[rule.format].decode(made, n, k, torch.float32)
+            made = row.encode_again(decoded, made[ROW_SCALE])
         return row.multiply(x, made, bias, dtype, native=native, rounded=rounded)
     if rule.format == "none":
         x = x if dtype == computing_dtype(dtype) else aten.to.dtype(x, dtype)

@@ -17,8 +17,8 @@ _INT8_ROWS = 16
 _STEP = {"fp8_row": 16, "int8_row": 8}
 
 
-def missing_hardware(format_name: str, device: torch.device) -> str | None:
-    """Why the device has no product of the format, or None; weight-only formats need none."""
+def missing_hardware(format_name: str | None, device: torch.device) -> str | None:
+    """Why the device has no product of the 8-bit format, or None; no product needs nothing."""
     if format_name not in _STEP:
         return None
     if device.type == "cpu":
@@ -34,7 +34,7 @@ def missing_hardware(format_name: str, device: torch.device) -> str | None:
 
 
 def refused_shape(
-    format_name: str, device: torch.device, rows: Any, k: int, n: int, dtype: torch.dtype
+    format_name: str | None, device: torch.device, rows: Any, k: int, n: int, dtype: torch.dtype
 ) -> str | None:
     """Why the device's product of the format does not take a layer [rows, K] x [K, N], or None."""
     if format_name == "int8_row" and device.type == "cpu" and k == 1:

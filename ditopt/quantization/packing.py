@@ -1,4 +1,4 @@
-"""Two 4-bit codes in a byte."""
+"""Codes of 4 or 2 bits in bytes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def pack(codes: Tensor) -> Tensor:
-    """Codes 0 to 15, uint8 [N, K] with K even, as [N, K / 2]; the even column is the low half."""
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
+def pack(codes: Tensor, bits: int = 4) -> Tensor:
+    """Codes below 2^bits, uint8 [N, K], as [N, K bits / 8]; a byte's first column lies lowest.
+
+    K is a multiple of ``8 / bits``.
+    """
+    per_byte = 8 // bits
+    packed = codes[:, ::per_byte]
+    for place in range(1, per_byte):
+        packed = packed | (codes[:, place::per_byte] << (bits * place))
+    return packed
 
 
-def unpack(packed: Any, n: int, k: int) -> Any:
+def unpack(packed: Any, n: int, k: int, bits: int = 4) -> Any:
     """The inverse; a tensor, or an `fx.Proxy` to write the operators into a graph."""
-    low = aten.bitwise_and.Scalar(packed, 15)
-    high = aten.bitwise_right_shift.Tensor_Scalar(packed, 4)
-    return aten.reshape.default(aten.stack.default([low, high], -1), [n, k])
+    shift, places = aten.bitwise_right_shift.Tensor_Scalar, range(0, 8, bits)
+    shifted = [packed if place == 0 else shift(packed, place) for place in places]
+    codes = [aten.bitwise_and.Scalar(part, 2**bits - 1) for part in shifted]
+    return aten.reshape.default(aten.stack.default(codes, -1), [n, k])

@@ -42,11 +42,14 @@ def quantize_rows(x: Any, largest: float, dtype: torch.dtype) -> tuple[Any, Any]
     wide = aten.to.dtype(x, torch.float32)
     amax = aten.clamp_min.default(aten.amax.default(aten.abs.default(wide), [-1], True), SMALLEST)
     scaled = aten.mul.Tensor(wide, aten.mul.Tensor(aten.reciprocal.default(amax), largest))
+    return _rounded(scaled, largest, dtype), aten.mul.Tensor(amax, 1 / largest)
+
+
+def _rounded(scaled: Any, largest: float, dtype: torch.dtype) -> Any:
     if not dtype.is_floating_point:
         scaled = aten.round.default(scaled)
     # Explicitly: out of range, older casts give NaN instead of the largest number.
-    rounded = aten.to.dtype(aten.clamp.default(scaled, -largest, largest), dtype)
-    return rounded, aten.mul.Tensor(amax, 1 / largest)
+    return aten.to.dtype(aten.clamp.default(scaled, -largest, largest), dtype)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class RowFormat:
         """Numbers [N, K] and the output channels' scales [1, N]."""
         numbers, scale = quantize_rows(weight, self.largest, self.dtype)
         return {"weight": numbers, "scale": scale.t().contiguous()}
+
+    def encode_again(self, decoded: Any, scale: Any) -> dict[str, Any]:
+        """What `encode` gave for a weight [N, K] in float32 whose scales [1, N] were kept."""
+        scaled = aten.mul.Tensor(decoded, aten.t.default(aten.reciprocal.default(scale)))
+        return {"weight": _rounded(scaled, self.largest, self.dtype), "scale": scale}
 
     def multiply(
         self,

@@ -82,10 +82,11 @@ def linear_rows(model: nn.Module, graph: Compiled) -> list[LinearRow]:
 
 
 def _operator(rule: LinearRule, weight: Tensor | None) -> str:
-    row = ROW_FORMATS.get(rule.format)
+    row = ROW_FORMATS.get(rule.product or "")
     if row is None or weight is None:
         return "linear" if rule.format == "none" else "decode, then linear"
-    return row.operator(native=missing_hardware(rule.format, weight.device) is None)
+    operator = row.operator(native=missing_hardware(rule.product, weight.device) is None)
+    return operator if rule.activation == "none" else f"decode, then {operator}"
 
 
 def totals(rows: Iterable[LinearRow]) -> Mapping[str, float]:

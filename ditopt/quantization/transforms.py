@@ -3,11 +3,14 @@
     W x + b  =  W (x - mu) + (b + W mu)             centre
              =  (W diag(s)) (x / s) + b             balance
              =  (W diag(s) R) (R^T x / s) + b       rotate
+             =  (W diag(s) R P R) (R^T P^T R^T x / s) + b       rotate_twice
 
 Centring takes the constant part out of modulated norms' outputs, the one transform that helps fp8.
 Balance (SmoothQuant, arXiv 2211.10438; ViDiT-Q, arXiv 2406.02540) moves large channels into the
 weight, which int8 needs. Rotation by a regular Hadamard matrix (ConvRot, arXiv 2512.03673) spreads
 what is left; all its row sums are 1, so that a constant input is not gathered in one channel.
+Blocks that stay larger than others are dealt out to all of them by P and mixed once more (the dual
+transform of LRQ-DiT, arXiv 2508.03485, and DuQuant, with that matrix in place of a greedy search).
 Subtraction and division by vectors fuse into the kernel that rounds; rotation does not.
 """
 
@@ -31,6 +34,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "centre": ("mean",),
     "balance": ("amax",),
     "rotate": ("amax",),
+    "rotate_twice": ("amax",),
 }
 """Statistics of a layer's input channels [K] that each transform wants from the plan."""
 
@@ -71,12 +75,39 @@ def regular_hadamard(size: int) -> Tensor:
     return matrix
 
 
-def parts(transform: str, k: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the operands that `apply` reads."""
+_OPERANDS = {
+    "none": (),
+    "centre": ("mean",),
+    "balance": ("stretch",),
+    "rotate": ("stretch", "rotation"),
+    "rotate_twice": ("stretch", "rotation", "order"),
+}
+
+
+def parts(
+    transform: str, k: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the operands that `apply` reads, where it computes in `dtype`."""
     block = rotation_block(k) or 0
-    shapes = {"mean": (k,), "stretch": (k,), "rotation": (block, block)}
-    names = {"centre": ("mean",), "balance": ("stretch",), "rotate": ("stretch", "rotation")}
-    return {name: shapes[name] for name in names.get(transform, ())}
+    known = {
+        "mean": ((k,), dtype),
+        "stretch": ((k,), dtype),
+        "rotation": ((block, block), dtype),
+        "order": ((k,), torch.int64),
+    }
+    return {name: known[name] for name in _OPERANDS[transform]}
+
+
+def zigzag(peaks: Tensor, block: int) -> Tensor:
+    """Order [K] that deals channels out to blocks, largest first, back and forth.
+
+    Args:
+        peaks: [K] size of each channel.
+        block: channels of a block; divides K.
+    """
+    ranked = peaks.argsort(descending=True, stable=True).reshape(block, -1)
+    ranked[1::2] = ranked[1::2].flip(1)
+    return ranked.t().reshape(-1)
 
 
 def apply(x: Any, transform: str, operands: Mapping[str, Any], k: int) -> Any:
@@ -90,12 +121,18 @@ def apply(x: Any, transform: str, operands: Mapping[str, Any], k: int) -> Any:
     """
     if transform == "centre":
         return aten.sub.Tensor(x, operands["mean"])
-    if transform in ("balance", "rotate"):
+    if transform != "none":
         x = aten.mul.Tensor(x, operands["stretch"])
-    if transform == "rotate":
-        blocks = aten.reshape.default(x, [-1, rotation_block(k)])
-        x = aten.reshape.default(aten.mm.default(blocks, operands["rotation"]), [-1, k])
+    if transform.startswith("rotate"):
+        x = _rotate(x, operands["rotation"], k)
+    if transform == "rotate_twice":
+        x = _rotate(aten.index_select.default(x, 1, operands["order"]), operands["rotation"], k)
     return x
+
+
+def _rotate(x: Any, rotation: Any, k: int) -> Any:
+    blocks = aten.reshape.default(x, [-1, rotation_block(k)])
+    return aten.reshape.default(aten.mm.default(blocks, rotation), [-1, k])
 
 
 def fold(
@@ -121,8 +158,14 @@ def fold(
     scales = balance_scales(statistics["amax"], weight)
     weight = weight * scales
     operands = {"stretch": 1 / scales}
-    if transform == "rotate":
-        n, k = weight.shape
+    k = weight.shape[1]
+    if transform.startswith("rotate"):
         operands["rotation"] = rotation = regular_hadamard(rotation_block(k) or 0).to(weight)
-        weight = (weight.reshape(-1, len(rotation)) @ rotation).reshape(n, k)
+        weight = _rotate(weight, rotation, k)
+    if transform == "rotate_twice":
+        # Mixed channels of one block are alike: of the root mean square of its balanced peaks.
+        peaks = (statistics["amax"].to(weight) / scales).reshape(-1, len(rotation))
+        spread = peaks.square().mean(1, keepdim=True).expand_as(peaks).reshape(-1)
+        operands["order"] = order = zigzag(spread, len(rotation))
+        weight = _rotate(weight[:, order], rotation, k)
     return weight, bias, operands

@@ -78,7 +78,7 @@ def test_the_rounding_kernel_gives_the_same(model: Model, backend: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("transform", ["centre", "balance", "rotate"])
+@pytest.mark.parametrize("transform", ["centre", "balance", "rotate", "rotate_twice"])
 def test_transforms_alone_are_exact(model: Model, transform: str) -> None:
     model.double()
     x, t = X.double(), T[:, 0].double()

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from ditopt.quantization import LinearRule, transforms
 from ditopt.quantization.layer import compute, derive
-from ditopt.quantization.transforms import balance_scales, regular_hadamard, rotation_block
+from ditopt.quantization.transforms import (
+    NEEDS,
+    balance_scales,
+    regular_hadamard,
+    rotation_block,
+    zigzag,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -28,7 +34,7 @@ def error(transform: str, form: str, x: Tensor, weight: Tensor, bias: Tensor | N
     return float((y - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("transform", ["centre", "balance", "rotate"])
+@pytest.mark.parametrize("transform", ["centre", "balance", "rotate", "rotate_twice"])
 @pytest.mark.parametrize("biased", [True, False])
 @settings(max_examples=15, deadline=None)
 @given(n=st.integers(1, 9), k=st.integers(1, 20), seed=st.integers(0, 99))
@@ -86,6 +92,27 @@ def test_rotation_balances_first() -> None:
     assert error("rotate", "int8_row", x, weight, None) < 0.02
 
 
+@settings(max_examples=20, deadline=None)
+@given(blocks=st.integers(1, 7), size=st.integers(1, 9), seed=st.integers(0, 99))
+def test_zigzag_deals_every_channel_once(blocks: int, size: int, seed: int) -> None:
+    peaks = draw(blocks * size, seed=seed).abs()
+    order = zigzag(peaks, size)
+    assert torch.equal(order.sort().values, torch.arange(blocks * size))
+    dealt = peaks[order].reshape(blocks, size).sort(1, descending=True).values
+    # The r-th largest of every block are the r-th hand of the ranking.
+    hands = peaks.sort(descending=True).values.reshape(size, blocks)
+    assert torch.equal(dealt.t().sort(1).values, hands.sort(1).values)
+
+
+def test_rotating_twice_evens_out_blocks() -> None:
+    """One block of channels that balance cannot level, since its weights are as large."""
+    x, weight = draw(256, 256).float(), draw(64, 256, seed=1).float()
+    x[:, :64] *= 40
+    weight[:, :64] *= 40
+    once, twice = (error(t, "int8_row", x, weight, None) for t in ("rotate", "rotate_twice"))
+    assert twice < once
+
+
 def test_centring_helps_fp8_on_modulated_inputs() -> None:
     x, weight = (draw(256, 256) + 3).float(), draw(64, 256, seed=1).float()
     rule = {
@@ -102,8 +129,8 @@ def test_centring_helps_fp8_on_modulated_inputs() -> None:
 
 
 def test_operands_have_the_shapes_that_are_announced() -> None:
-    for transform in ("none", "centre", "balance", "rotate"):
+    for transform in ("none", *NEEDS):
         statistics = {"mean": torch.zeros(12), "amax": torch.ones(12)}
         *_, operands = transforms.fold(transform, torch.randn(5, 12), None, statistics)
-        shapes = {name: tuple(value.shape) for name, value in operands.items()}
-        assert shapes == transforms.parts(transform, 12)
+        shapes = {name: (tuple(value.shape), value.dtype) for name, value in operands.items()}
+        assert shapes == transforms.parts(transform, 12, torch.float32)
