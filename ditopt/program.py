@@ -51,6 +51,7 @@ class Linked:
         by_phase: for each phase the programs before, in and after the block stack.
         groups: what was hoisted.
         memos: for each phase, what keeps the results of each group.
+        probe: what runs before a gate decides, as `assembly.assemble` takes it; None without.
     """
 
     captured: Captured
@@ -58,6 +59,7 @@ class Linked:
     stack: Stack | None
     groups: Sequence[Group]
     memos: Sequence[Sequence[Memo]]
+    probe: tuple[Sequence[int], Sequence[tuple[int, int | None]]] | None
 
 
 class ProgramBuilder:
@@ -154,7 +156,7 @@ class ProgramBuilder:
         around = [memo for memo, group in zip(memos[0], groups, strict=True) if not group.in_stack]
         if self.options.release_weights:
             self.derived.release(self.parts.read)
-        self.linked = Linked(self.captured, by_phase, stack, groups, memos)
+        self.linked = Linked(self.captured, by_phase, stack, groups, memos, streams)
         return assemble(self.captured, by_phase, stack, roles, (around, memos), streams)
 
     def _bind_section(

@@ -49,30 +49,61 @@ def describe(found: StackOrder, order: TokenOrder, first: str, last: str) -> str
 def _moving(
     dims: Dims, order: TokenOrder, layout: TokenLayout, device: torch.device, *, back: bool
 ) -> BoundPiece:
-    @lru_cache(maxsize=16)
-    def index(length: int, start: int) -> Tensor:
-        text = length - layout.tokens - start
-        moved = sequence_permutation(
-            order, TokenLayout(layout.frames, layout.height, layout.width, start, text)
-        )
-        with real_tensors():
-            return torch.from_numpy(inverse(moved) if back else moved).to(device)
+    slots = tuple(slot for slot, _ in dims)
+    move = TokenMove(tuple(axes for _, axes in dims), order, layout, device, back=back)
+    return BoundPiece(move, slots, (), slots, (), 0)
 
-    def call(*values: Tensor) -> list[Tensor]:
+
+class TokenMove:
+    """Puts values in order, or back.
+
+    Args:
+        axes: for each value its dimensions along tokens, and where the grid starts along each.
+        order: of the grid's tokens.
+        layout: the grid; text before and behind it follows from a dimension's length.
+        device: of the values.
+        back: from the order to raster.
+    """
+
+    def __init__(
+        self,
+        axes: Sequence[tuple[tuple[int, int], ...]],
+        order: TokenOrder,
+        layout: TokenLayout,
+        device: torch.device,
+        *,
+        back: bool,
+    ) -> None:
+        self.axes = axes
+        self.back = back
+        self._grid = (layout.frames, layout.height, layout.width)
+        self._tokens = layout.tokens
+        self._order = order
+        self._device = device
+        self._indices: dict[tuple[int, int], Tensor] = {}
+
+    def index(self, length: int, start: int) -> Tensor:
+        """What to select along a dimension of this length whose grid tokens begin at `start`."""
+        if (length, start) not in self._indices:
+            text = length - self._tokens - start
+            moved = sequence_permutation(self._order, TokenLayout(*self._grid, start, text))
+            with real_tensors():
+                found = torch.from_numpy(inverse(moved) if self.back else moved)
+                self._indices[length, start] = found.to(self._device)
+        return self._indices[length, start]
+
+    def __call__(self, *values: Tensor) -> list[Tensor]:
+        """The values with their tokens moved; each keeps its strides."""
         moved = []
-        for value, (_, axes) in zip(values, dims, strict=True):
+        for value, axes in zip(values, self.axes, strict=True):
             for dim, start in axes:
                 out = torch.empty_strided(
                     value.shape, value.stride(), dtype=value.dtype, device=value.device
                 )
-                value = torch.index_select(
-                    value.detach(), dim, index(value.shape[dim], start), out=out
-                )
+                index = self.index(value.shape[dim], start)
+                value = torch.index_select(value.detach(), dim, index, out=out)
             moved.append(value)
         return moved
-
-    slots = tuple(slot for slot, _ in dims)
-    return BoundPiece(call, slots, (), slots, (), 0)
 
 
 def site_permutation(

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ditopt.backends import aoti_cpu
+from ditopt.backends.examples import examples_of
 from ditopt.errors import EngineError
-from ditopt.graph import arguments, fake_value, placeholders
+from ditopt.graph import arguments, fake_value
 from ditopt.passes.base import EXECUTOR
 
 
@@ -38,7 +39,7 @@ class AotiExporter:
         """Compile `gm`, which stays as it is, and write the program.
 
         Args:
-            gm: its placeholders are the program's arguments, tensors alone, of fixed shapes.
+            gm: its placeholders are the program's arguments, tensors alone; sizes may be symbols.
             path: file to write.
             options: Inductor's own.
 
@@ -50,28 +51,20 @@ class AotiExporter:
         """
         gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         notes = _inline_operators(gm)
-        examples = _examples(gm)
+        configs = dict(options)
+        if any(node.target is aoti_cpu.OPERATOR for node in gm.graph.nodes):
+            configs["aot_inductor.custom_ops_to_c_shims"] = aoti_cpu.shims()
+        examples, axes = examples_of(gm)
         # torch.export names inputs after the forward's parameters; `*args` keeps the order.
         program = _Positional(gm)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(program, examples)
+            exported = torch.export.export(program, examples, dynamic_shapes=axes)
             exported = _without_dead_code(exported)
             torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(path), inductor_configs=dict(options)
+                exported, package_path=str(path), inductor_configs=configs
             )
         return notes
-
-
-def _examples(gm: fx.GraphModule) -> tuple[Any, ...]:
-    """A fake tensor for each input: equal blocks share theirs, and equal inputs would be one."""
-    with FakeTensorMode():
-        return tuple(
-            torch.empty_strided(
-                tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
-            )
-            for value in map(fake_value, placeholders(gm))
-        )
 
 
 class _Positional(torch.nn.Module):
@@ -104,6 +97,11 @@ def _inline_operators(gm: fx.GraphModule) -> list[str]:
             from ditopt.kernels.block_selection import reference
 
             node.target = reference.select_pooled
+        elif name == "quantize_rows":
+            from ditopt.kernels.quantize_rows import reference as rounding
+
+            node.target = rounding.quantize_rows
+            notes["rounding kernels became what the compiler makes of the same operators"] = None
         elif name != "block_sparse_attention_triton":
             raise EngineError(
                 f"the operator {node.target} needs ditopt's library where the engine runs",
@@ -124,6 +122,8 @@ def _attention(node: fx.Node) -> tuple[Any, str | None]:
 
         note = None if wanted == "triton" else f"{wanted or 'the operator'} became plain Triton"
         return torch.ops.ditopt.block_sparse_attention_triton.default, note
+    if wanted in (None, "cpu") and aoti_cpu.reason_to_decline(node) is None:
+        return aoti_cpu.OPERATOR, None
     declined = flex.reason_to_decline(value, block_q, block_k)
     if declined is not None:
         raise EngineError(f"block-sparse attention cannot be compiled in: {declined}")

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ditopt.backends.examples import examples_of
+from ditopt.backends.onnx_blocks import gather_blocks
+from ditopt.backends.onnx_pairs import write_pairs
 from ditopt.backends.onnx_rewrites import Pair, Rewriting
 from ditopt.errors import EngineError
-from ditopt.graph import fake_value, placeholders
+from ditopt.graph import placeholders
 
 OPSET = 23
 """The first one with Attention and RMSNormalization."""
@@ -47,10 +49,10 @@ class OnnxExporter:
         return f"ONNX needs {', '.join(missing)}: pip install 'ditopt[onnx]'"
 
     def export(self, gm: fx.GraphModule, path: Path, options: Mapping[str, Any]) -> list[str]:
-        """Write `gm`, whose attributes are the weights, and check the file.
+        """Write `gm`, whose attributes are the weights, and check the file; it changes `gm`.
 
         Args:
-            gm: its placeholders are the model's inputs, tensors alone, of fixed shapes.
+            gm: its placeholders are the model's inputs, tensors alone; sizes may be symbols.
             path: file to write; weights go to `<path>.data`.
             options: `opset`.
 
@@ -60,21 +62,30 @@ class OnnxExporter:
         opset = int(options.get("opset", OPSET))
         if opset < LOWEST_OPSET:
             raise EngineError(f"opset {opset} is too old, the lowest is {LOWEST_OPSET}")
-        sparse = any("block_sparse_attention" in str(node.target) for node in gm.graph.nodes)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            examples = tuple(
-                torch.empty_strided(tuple(v.shape), v.stride(), dtype=v.dtype, device=v.device)
-                for v in map(fake_value, placeholders(gm))
-            )
+        notes = _prepare(gm, opset)
+        examples, axes = examples_of(gm)
         names = [node.name for node in placeholders(gm)]
         with torch.no_grad(), _quietly():
-            program = torch.export.export(_Rewritten(gm), examples)
+            program = torch.export.export(_Rewritten(gm), examples, dynamic_shapes=axes)
             torch.onnx.export(
                 program, f=str(path), dynamo=True, opset_version=opset, external_data=True,
                 input_names=names, verbose=False,
             )  # fmt: skip
         _check(path)
-        return ["block lists became masks: exact, but as slow as dense"] if sparse else []
+        return notes
+
+
+def _prepare(gm: fx.GraphModule, opset: int) -> list[str]:
+    """Rewrites that need the graph and its constants; returns what the report is to say."""
+    gathered, masked = gather_blocks(gm)
+    pairs = write_pairs(gm, opset)
+    told = (
+        (gathered, "block-sparse attentions became dense ones on gathered tokens: exact"),
+        (masked, "block-sparse attentions became masks: exact, but as slow as dense"),
+        (pairs, "8-bit layers became QuantizeLinear/DequantizeLinear pairs, one scale per token"),
+    )
+    gm.recompile()
+    return [f"{count} {text}" for count, text in told if count]
 
 
 class _Rewritten(nn.Module):

@@ -26,17 +26,30 @@ def export(
     opset: Annotated[
         int | None, typer.Option("--opset", metavar="N", help="Of an ONNX model; 23 unless told.")
     ] = None,
+    dynamic: Annotated[
+        str | None,
+        typer.Option("--dynamic", metavar="WHAT", help="batch,resolution: sizes left open."),
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Write the model, with its plan, as an engine: a folder that another process runs."""
     from ditopt.export.report import export_table
     from ditopt.export.run import export as write
+    from ditopt.export.sizes import parse
     from ditopt.workload import load_workload
 
+    open_sizes = () if dynamic is None else parse(dynamic)
     loaded, options = load_workload(workload), {} if opset is None else {"opset": opset}
     with terminal_progress() as progress:
         report = write(
-            loaded, out, plan, format=format, model=model, options=options, progress=progress
+            loaded,
+            out,
+            plan,
+            format=format,
+            model=model,
+            dynamic=open_sizes,
+            options=options,
+            progress=progress,
         )
     show(export_table(report), report.to_json(), json_path)
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, fx, nn
 
 from ditopt.errors import EngineError
-from ditopt.export.schema import Step, Wiring
 from ditopt.export.wire import Wired
+from ditopt.export.wiring import Step, Wiring
 from ditopt.graph import fake_value, placeholders
 
 
@@ -46,6 +46,7 @@ def compose(
                 name = f"weight_{len(values)}"
                 root.register_buffer(name, tensors[source])
                 values[source] = graph.get_attr(name)
+                values[source].meta["val"] = tensors[source]
             arguments.append(values[source])
         if any(node.op == "get_attr" for node in gm.graph.nodes):
             raise EngineError("a program with graphs of its own inside cannot be composed")
@@ -89,10 +90,22 @@ def compose_sections(wired: Wired) -> Wired:
         graphs.append(made[0])
         return (made[1].model_copy(update={"program": len(graphs) - 1}),)
 
+    cuts = [0] * len(wiring.bodies) if wiring.probe is None else wiring.probe.cuts
+    streams = () if wiring.probe is None else wiring.probe.streams
+    probed = {slot for pair in streams for slot in pair if slot is not None}
+    bodies = []
+    for body, cut in zip(wiring.bodies, cuts, strict=True):
+        first, rest = body[:cut], body[cut:]
+        behind = set(_outside(rest)) | after_needs | probed
+        bodies.append((*section(first, behind), *section(rest, after_needs)))
     update: dict[str, object] = {
-        "before": section(wiring.before, body_needs | bases),
-        "bodies": tuple(section(body, after_needs) for body in wiring.bodies),
+        "before": section(wiring.before, body_needs | bases | probed),
+        "bodies": tuple(bodies),
         "after": section(wiring.after, set(wiring.returned)),
     }
+    if wiring.probe is not None:
+        update["probe"] = wiring.probe.model_copy(
+            update={"cuts": tuple(int(cut > 0) for cut in cuts)}
+        )
     composed: Wiring = wiring.model_copy(update=update)
     return Wired(composed, graphs, {})

@@ -14,8 +14,9 @@ from ditopt import fingerprint
 from ditopt.environment import describe_environment
 from ditopt.errors import EngineError
 from ditopt.export.manifest import Manifest
-from ditopt.export.schema import Call, InputSpec, Parameter, Program, Schedule, TensorSpec
+from ditopt.export.schema import Call, InputSpec, Parameter, Program, SizeRange, TensorSpec
 from ditopt.export.values import describe_result, is_plain
+from ditopt.export.wiring import Schedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +49,7 @@ def describe(
         programs: that were written.
         backend: that wrote them.
     """
-    captured, wired = exported.captured, parts.wired
+    captured, wired, sizes = exported.captured, parts.wired, exported.sizes
     users = {item.name: k for k, item in enumerate(captured.inputs) if item.role == "user"}
     first = next(module.parameters(), torch.empty(0))
     environment = describe_environment(first.device)
@@ -68,9 +69,19 @@ def describe(
         call=Call(
             parameters=_parameters(module),
             inputs=tuple(
-                InputSpec(name=name, spec=_input_spec(exported.leaves[name], backend))
+                InputSpec(
+                    name=name,
+                    spec=_input_spec(exported.leaves[name], backend),
+                    axes=() if sizes is None else tuple(sizes.axes.get(name, {}).items()),
+                )
                 for name in users
             ),
+            sizes={}
+            if sizes is None
+            else {
+                name: SizeRange(least=r.least, most=r.most, step=r.step)
+                for name, r in sizes.ranges.items()
+            },
             fixed=_fixed(exported.leaves),
             result=describe_result(call.result)[0],
         ),
@@ -127,4 +138,8 @@ def _short_schedule(schedule: StepSchedule | None) -> Schedule | None:
     if schedule is None:
         return None
     calls = range(schedule.calls)
-    return Schedule(phases=tuple(map(schedule.phase_of, calls)), sources=schedule.sources)
+    return Schedule(
+        phases=tuple(map(schedule.phase_of, calls)),
+        sources=schedule.sources,
+        gated=schedule.gate is not None,
+    )

@@ -19,6 +19,8 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from ditopt.capture import Captured, Input, capture
 from ditopt.errors import EngineError
+from ditopt.export.guards import holds_for
+from ditopt.export.sizes import dynamic_shapes, resized
 from ditopt.export.values import bind
 from ditopt.export.verify import tolerance, worst_error
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ditopt.export.recording import RecordedCall
+    from ditopt.export.sizes import OpenSizes
 
 _KINDS = {
     InputKind.PARAMETER: "parameter",
@@ -45,6 +48,8 @@ class Exported:
         leaves: every leaf of the first call by name; tensors are inputs, all else is fixed.
         mode: `non-strict` or `strict`.
         error: largest relative error against the model over the calls.
+        calls: that it was compared on.
+        sizes: what is left open, or None.
     """
 
     program: ExportedProgram
@@ -53,31 +58,44 @@ class Exported:
     leaves: Mapping[str, Any]
     mode: str
     error: float
+    calls: Sequence[RecordedCall]
+    sizes: OpenSizes | None = None
 
 
-def export_model(model: nn.Module, calls: Sequence[RecordedCall]) -> Exported:
+def export_model(
+    model: nn.Module, calls: Sequence[RecordedCall], sizes: OpenSizes | None = None
+) -> Exported:
     """Export a model for the shapes of its first call and check it on every call.
 
     Args:
         model: in eval mode.
         calls: recorded from the model itself, of equal shapes.
+        sizes: what is to be left open; it is checked at further sizes, too.
 
     Raises:
         EngineError: torch cannot export the model, or exports something else than the model.
     """
-    first = calls[0]
+    first, open_axes = calls[0], None
+    if sizes is not None:
+        first = resized(model, calls[0], sizes.axes, sizes.example)
+        open_axes = dynamic_shapes(model, first, sizes.axes)
     failures = []
     for mode in ("non-strict", "strict"):
         try:
-            program = _export(model, first, strict=mode == "strict")
+            program = _export(model, first, open_axes, strict=mode == "strict")
         except Exception as error:  # whatever tracing a model can raise
             lines = str(error).strip().splitlines() or [""]
             failures.append(f"{mode}: {type(error).__name__}: {lines[0][:200]}")
             continue
-        measured = _error(program, calls)
+        checked, held = list(calls), None
+        if sizes is not None:
+            held = holds_for(model, program, first, sizes)
+            further = (resized(model, calls[0], held.axes, s) for s in held.checked())
+            checked += [first, *further]
+        measured = _error(program, checked)
         if measured <= tolerance(first.result):
-            captured, values, leaves = _capture(model, program, first)
-            return Exported(program, captured, values, leaves, mode, measured)
+            captured, values, leaves = _capture(model, program, first, whole=held is not None)
+            return Exported(program, captured, values, leaves, mode, measured, checked, held)
         failures.append(
             f"{mode}: torch.export gives a wrong program without saying so "
             f"(relative error {measured:.2g} against the model)"
@@ -88,10 +106,14 @@ def export_model(model: nn.Module, calls: Sequence[RecordedCall]) -> Exported:
     )
 
 
-def _export(model: nn.Module, call: RecordedCall, *, strict: bool) -> ExportedProgram:
+def _export(
+    model: nn.Module, call: RecordedCall, open_axes: dict[str, Any] | None, *, strict: bool
+) -> ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(model, call.args, dict(call.kwargs), strict=strict)
+        program = torch.export.export(
+            model, call.args, dict(call.kwargs), dynamic_shapes=open_axes, strict=strict
+        )
         functional: ExportedProgram = program.run_decompositions({})
         return functional
 
@@ -110,7 +132,7 @@ def _error(program: ExportedProgram, calls: Sequence[RecordedCall]) -> float:
 
 
 def _capture(
-    model: nn.Module, program: ExportedProgram, call: RecordedCall
+    model: nn.Module, program: ExportedProgram, call: RecordedCall, *, whole: bool
 ) -> tuple[Captured, tuple[Any, ...], dict[str, Any]]:
     named = bind(inspect.signature(model.forward), call.args, call.kwargs)
     for spec in program.graph_signature.output_specs:
@@ -120,7 +142,7 @@ def _capture(
                 remedy="An engine's weights are constants; make the forward free of such writes.",
             )
     gm = _with_roles(program, _names_of_inputs(call, named))
-    captured = capture(gm)
+    captured = capture(gm, whole=whole)
     own = {**program.state_dict, **program.constants}
     values = tuple(
         named[item.name] if item.role == "user" else own[item.name]

@@ -23,10 +23,13 @@ from ditopt import fingerprint
 from ditopt.assembly import BoundPiece, assemble, function_of
 from ditopt.capture import Captured, Input
 from ditopt.errors import DitoptWarning, EngineError
+from ditopt.export.arguments import Arguments
 from ditopt.export.bundle import check_files, load_tensors, read_manifest
+from ditopt.export.here import check_environment
 from ditopt.export.manifest import PLAN, Manifest
 from ditopt.export.native import Native, checked, load_native, with_weights
-from ditopt.export.values import Result, bind, rebuild
+from ditopt.export.values import Result, rebuild
+from ditopt.gating import runtime_gate
 from ditopt.linker import plan_schedule
 from ditopt.plan import Plan
 from ditopt.runtime import InputRoles, StepRuntime, TrajectoryTracker
@@ -34,8 +37,11 @@ from ditopt.runtime.memo import Memo
 from ditopt.stack import Stack
 
 if TYPE_CHECKING:
-    from ditopt.export.schema import InputSpec, Step
-    from ditopt.runtime import Programs
+    from ditopt.export.wiring import Step
+    from ditopt.runtime import Gate, Programs
+
+_NO_GRAPH = Captured((), (), (), (), 0)
+"""An engine's model has no collectives whose ranks would have to agree."""
 
 
 class Engine:
@@ -64,9 +70,7 @@ class Engine:
         self.device = device
         self._tensors = dict(tensors)
         self._natives = natives
-        self._signature = manifest.call.signature()
-        self._inputs = [(item.name, item) for item in manifest.call.inputs]
-        self._known = {item.name for item in manifest.call.inputs} | set(manifest.call.fixed)
+        self._arguments = Arguments(manifest.call)
         self._rebuild = rebuild(manifest.call.result)
         self._runtime = self._link()
 
@@ -90,7 +94,7 @@ class Engine:
         """
         folder = Path(path)
         manifest = read_manifest(folder, expect_sha256)
-        _check_environment(manifest)
+        check_environment(manifest)
         check_files(folder, manifest)
         device = torch.device(manifest.device)
         if device.type == "cuda":
@@ -110,7 +114,7 @@ class Engine:
             EngineError: an input of another shape, dtype or device, or another value of an
                 argument that was fixed; names it.
         """
-        return self._rebuild(list(self._runtime(*self._bind(args, kwargs))))
+        return self._rebuild(list(self._runtime(*self._arguments.fit(args, kwargs))))
 
     forward = __call__
 
@@ -151,50 +155,11 @@ class Engine:
         """Does nothing: diffusers names guidance branches by it, an engine finds them itself."""
         yield
 
-    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        named = bind(self._signature, args, kwargs)
-        for name, expected in self.manifest.call.fixed.items():
-            given = named.get(name)
-            if isinstance(given, Tensor) or type(given) is not type(expected) or given != expected:
-                raise EngineError(
-                    f"{name}: the engine was exported with {expected!r}, got {_short(given)}",
-                    remedy="Export another engine for this value.",
-                )
-        if named.keys() != self._known:
-            self._check_unknown(named)
-        return [self._fit(item, named.get(name)) for name, item in self._inputs]
-
-    def _check_unknown(self, named: Mapping[str, Any]) -> None:
-        for name in named.keys() - self._known:
-            if named[name] is not None:
-                raise EngineError(f"{name}: the engine was exported without this argument")
-
-    def _fit(self, item: InputSpec, value: Any) -> Tensor:
-        spec = item.spec
-        if not isinstance(value, Tensor):
-            raise EngineError(f"{item.name}: expected a tensor {spec}, got {_short(value)}")
-        if tuple(value.shape) != spec.shape or value.dtype != spec.torch_dtype:
-            found = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-            raise EngineError(
-                f"{item.name}: the engine was exported for {spec}, got {found}",
-                remedy="Export another engine for this size.",
-            )
-        if value.device.type != spec.device:
-            raise EngineError(
-                f"{item.name}: the engine takes it on {spec.device}, it is on {value.device}"
-            )
-        if value.stride() == spec.stride:
-            return value
-        fitted = torch.empty_strided(
-            spec.shape, spec.stride, dtype=value.dtype, device=value.device
-        )
-        return fitted.copy_(value)
-
     def _link(self) -> StepRuntime:
         programs = self._programs()
         schedule = tracker = None
         if self.plan is not None:
-            schedule = plan_schedule(self.plan, None, cached=self.manifest.cached)
+            schedule = plan_schedule(self.plan, self._gate(), cached=self.manifest.cached)
             if not schedule.trivial:
                 tracker = TrajectoryTracker(schedule, model=self.manifest.name)
         runtime = StepRuntime(programs, schedule, tracker)
@@ -241,7 +206,17 @@ class Engine:
             stack = Stack(0, 0, wiring.stack.outputs, wiring.stack.bases)
         around = [memos[k] for k in wiring.kept_always]
         kept = [[memos[k] for k in phase] for phase in wiring.kept_by_phase]
-        return assemble(captured, by_phase, stack, self._roles(names), (around, kept))
+        probe = None
+        if wiring.probe is not None:
+            probe = (wiring.probe.cuts, wiring.probe.streams)
+        return assemble(captured, by_phase, stack, self._roles(names), (around, kept), probe)
+
+    def _gate(self) -> Gate | None:
+        if self.plan is None or self.plan.cache is None or not self.manifest.cached:
+            return None
+        wiring = self.manifest.wiring
+        bases = () if wiring.stack is None else wiring.stack.bases
+        return runtime_gate(self.plan.cache, _NO_GRAPH, Stack(0, 0, (), bases), None)
 
     def _pieces(self, steps: tuple[Step, ...]) -> list[BoundPiece]:
         return [self._piece(step) for step in steps]
@@ -256,39 +231,3 @@ class Engine:
             return InputRoles.from_names(names, timestep=None, varying=())
         sampler = self.plan.sampler
         return InputRoles.from_names(names, timestep=sampler.timestep, varying=sampler.varying)
-
-
-def _check_environment(manifest: Manifest) -> None:
-    if manifest.format == "onnx":
-        if manifest.device != "cpu":
-            raise EngineError(
-                "device: here ONNX models run on the CPU, this one takes its inputs elsewhere",
-                remedy="Run it in a runtime of that device, or export to pt2.",
-            )
-        return  # a portable file
-    made, here = str(manifest.environment.get("torch")), str(torch.__version__)
-    if made.split(".")[:2] != here.split(".")[:2]:
-        raise EngineError(
-            f"environment.torch: the engine was compiled for torch {made}, this is {here}",
-            remedy="Export it again with this version; native programs do not move between them.",
-        )
-    if manifest.device == "cuda":
-        if not torch.cuda.is_available():
-            raise EngineError("device: the engine needs a CUDA device, and there is none")
-        made, here = str(manifest.environment.get("capability")), _capability()
-        if made != here:
-            raise EngineError(
-                f"environment.capability: compiled for compute capability {made}, this GPU has "
-                f"{here}",
-                remedy="Export it again on this kind of GPU.",
-            )
-
-
-def _capability() -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, Tensor) else f"a tensor {list(value.shape)}"
-    return text if len(text) <= 60 else f"{text[:57]}..."

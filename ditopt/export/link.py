@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ditopt.config import Options
-from ditopt.errors import EngineError
 from ditopt.export.compose import compose_sections
 from ditopt.export.recorder import RecordingBackend
 from ditopt.export.wire import Wired, Wirer
+from ditopt.gating import runtime_gate
 from ditopt.linker import Linker, plan_schedule
 from ditopt.torch_backend import Compiled
 
@@ -52,11 +52,6 @@ def link(
     """
     from ditopt.sites import find_sites
 
-    if plan is not None and plan.cache is not None and getattr(plan.cache, "gate", None):
-        raise EngineError(
-            "cache.gate: an engine has no gate yet; its skip calls are those of the plan",
-            remedy="Leave the gate out of the plan, or use torch.compile.",
-        )
     record = Compiled(root=lambda: module)
     record.attention, record.linear = find_sites(exported.captured)
     given = {"plan": plan, "hoist": not holds_weights}
@@ -64,9 +59,16 @@ def link(
     linker = Linker(exported.captured, exported.values, record, settings, module)
     linker.link(RecordingBackend())
     assert linker.builder is not None
+    assert linker.builder.linked is not None
     wired = Wirer(linker.builder, exported.values).run()
     if holds_weights:
         wired = compose_sections(wired)
-    cached = wired.wiring.stack is not None and plan is not None and plan.cache is not None
-    schedule = plan_schedule(plan, None, cached=cached) if plan is not None else None
+    schedule, cached, stack = None, False, linker.builder.linked.stack
+    if plan is not None:
+        # Where nothing can be cached, phases still need a stack: everything, without bases.
+        cached = plan.cache is not None and stack is not None and bool(stack.bases)
+        gate = None
+        if cached and plan.cache is not None and stack is not None:
+            gate = runtime_gate(plan.cache, exported.captured, stack, None)
+        schedule = plan_schedule(plan, gate, cached=cached)
     return EngineParts(wired, schedule, cached, record.decisions)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ditopt.errors import BackendUnavailable, EngineError
-from ditopt.export.schema import Program, Step, TensorSpec
+from ditopt.export.schema import Program, TensorSpec
+
+if TYPE_CHECKING:
+    from ditopt.export.wiring import Step
 
 Native = Callable[[list[Tensor]], list[Tensor]]
 """A loaded program: arguments in order -> results in order."""

@@ -8,32 +8,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ditopt import files
-from ditopt.errors import EngineError, VerificationError
+from ditopt.errors import EngineError
+from ditopt.export.borders import specs_of
 from ditopt.export.bundle import new_folder, record_files, save_tensors
+from ditopt.export.compare import SEED, compare_engine
 from ditopt.export.describe import describe
 from ditopt.export.door import export_model
-from ditopt.export.engine import Engine
 from ditopt.export.link import link
 from ditopt.export.manifest import MANIFEST, PLAN, Manifest
 from ditopt.export.recording import RecordedCall, record
 from ditopt.export.report import ExportReport
 from ditopt.export.schema import Program
-from ditopt.export.verify import tolerance, worst_error
-from ditopt.export.wire import Wired, specs_of
+from ditopt.export.sizes import OpenSizes, find
 from ditopt.pipeline import exporter
 from ditopt.plan import Plan
 from ditopt.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from ditopt.backends.base import Exporter
-    from ditopt.workload import Workload
+    from torch import nn
 
-SEED = 7000
-"""Of the loop that the engine is checked on; no profile, search or bench uses it by default."""
+    from ditopt.backends.base import Exporter
+    from ditopt.export.wire import Wired
+    from ditopt.workload import Workload
 
 _CHECKED_CALLS = 2
 
@@ -45,6 +44,7 @@ def export(
     *,
     format: str = "pt2",
     model: str | None = None,
+    dynamic: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> ExportReport:
@@ -59,6 +59,7 @@ def export(
         plan: choices to build in.
         format: `pt2`, `onnx` or `tensorrt`.
         model: name of the denoiser, where the workload has several.
+        dynamic: `batch`, `resolution`: sizes that are left open, see `export.sizes`.
         options: Inductor's own.
         progress: told about every stage.
 
@@ -76,7 +77,8 @@ def export(
     progress("recording the model's calls", 0, 4)
     calls = _sample_calls(workload, name)
     progress("exporting the graph", 1, 4)
-    exported = export_model(module, calls)
+    sizes = _open_sizes(module, calls, dynamic, chosen, format)
+    exported = export_model(module, calls, sizes)
     with new_folder(Path(out)) as folder:
         parts = link(exported, module, chosen, backend.holds_weights)
         seconds["capture"] = time.perf_counter() - started
@@ -84,11 +86,12 @@ def export(
         notes, programs = _write_programs(backend, parts.wired, folder, options or {}, progress)
         seconds["compile"] = time.perf_counter() - started
         started = time.perf_counter()
-        manifest = describe(module, exported, parts, chosen, calls[0], programs, backend)
+        first = exported.calls[0]
+        manifest = describe(module, exported, parts, chosen, first, programs, backend)
         _write_rest(folder, manifest, parts.wired, chosen)
         text = (folder / MANIFEST).read_bytes()
         progress("comparing the engine with the model", 3, 4)
-        error = _verify(folder, workload, name, chosen, calls)
+        error = compare_engine(folder, workload, name, chosen, exported)
         seconds["verify"] = time.perf_counter() - started
         nbytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     progress("comparing the engine with the model", 4, 4)
@@ -117,6 +120,35 @@ def _model_name(workload: Workload, model: str | None) -> str:
             remedy="Name it with --model.",
         )
     return model
+
+
+def _open_sizes(
+    module: nn.Module,
+    calls: Sequence[RecordedCall],
+    dynamic: Sequence[str],
+    plan: Plan | None,
+    format: str,
+) -> OpenSizes | None:
+    """What is to be left open, or None.
+
+    Raises:
+        EngineError: the format or the plan wants one size; says why.
+    """
+    if not dynamic:
+        return None
+    reason = "a TensorRT engine is built for one size" if format == "tensorrt" else None
+    if plan is not None:
+        sites = (site for p in plan.phases for site in (*p.attention, *p.selectors))
+        site = next(sites, None)
+        if site is not None:
+            reason = f"the plan's block lists at {site} are made for one size"
+        elif plan.cache is not None:
+            reason = "a plan with a cache cuts the model into programs of one size"
+        elif len(plan.phases) > 1:
+            reason = "a plan with several phases cuts the model into programs of one size"
+    if reason is not None:
+        raise EngineError(f"--dynamic: {reason}", remedy="Export an engine for each size.")
+    return find(module, calls, dynamic)
 
 
 def _sample_calls(workload: Workload, name: str) -> Sequence[RecordedCall]:
@@ -166,37 +198,3 @@ def _write_rest(folder: Path, manifest: Manifest, wired: Wired, plan: Plan | Non
         plan.save(folder / PLAN)
     complete = manifest.model_copy(update={"files": record_files(folder)})
     files.write_text(folder / MANIFEST, complete.to_text())
-
-
-def _verify(
-    folder: Path,
-    workload: Workload,
-    name: str,
-    plan: Plan | None,
-    calls: Sequence[RecordedCall],
-) -> float:
-    """Largest relative error of the written engine over calls whose results are known."""
-    engine = Engine.load(folder, verify_borders=True)
-    if plan is not None:
-        calls = _calls_with_plan(workload, name, plan)
-    errors = []
-    with torch.no_grad():
-        for number, call in enumerate(calls):
-            errors.append(worst_error(engine(*call.args, **call.kwargs), call.result))
-            if errors[-1] > tolerance(call.result):
-                raise VerificationError(
-                    f"the engine is wrong at call {number}: relative error {errors[-1]:.2g}, "
-                    f"at most {tolerance(call.result):.2g} is rounding",
-                    remedy="Nothing was written. Please report the model and the plan.",
-                )
-    return max(errors)
-
-
-def _calls_with_plan(workload: Workload, name: str, plan: Plan) -> Sequence[RecordedCall]:
-    """A whole sampling loop of the model with the plan, by the oracle."""
-    options: Any = {"plan": plan}
-    torch.compiler.reset()
-    compiled = torch.compile(workload.models[name], backend="ditopt_eager", options=options)
-    calls = record(workload, name, seed=SEED, model=compiled)
-    torch.compiler.reset()
-    return calls

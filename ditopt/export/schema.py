@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from ditopt.symbols import hint
+
 MAX_RANK = 16
 MAX_ELEMENTS = 1 << 40
 """Of one tensor; a terabyte of bytes is a corrupted shape, not a model's."""
@@ -49,11 +51,13 @@ def _known_dtype(name: str) -> str:
 Dtype = Annotated[str, AfterValidator(_known_dtype)]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Any part of a manifest: frozen, unknown keys refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TensorSpec(_Part):
+class TensorSpec(Part):
     """What a tensor looks like: sizes, strides in elements, dtype, kind of device."""
 
     shape: Annotated[tuple[Size, ...], Field(max_length=MAX_RANK)]
@@ -71,13 +75,24 @@ class TensorSpec(_Part):
 
     @classmethod
     def of(cls, value: torch.Tensor) -> TensorSpec:
-        """The spec of a tensor, real or fake."""
+        """The spec of a tensor, real or fake; of open sizes what they were at export."""
         return cls(
-            shape=tuple(int(size) for size in value.shape),
-            stride=tuple(int(step) for step in value.stride()),
+            shape=tuple(map(hint, value.shape)),
+            stride=tuple(map(hint, value.stride())),
             dtype=str(value.dtype).removeprefix("torch."),
             device="cuda" if value.device.type == "cuda" else "cpu",
         )
+
+    def of_shape(self, shape: tuple[int, ...]) -> TensorSpec:
+        """The same with other sizes: dense, axes in the same order in memory."""
+        if shape == self.shape:
+            return self
+        order = sorted(range(len(shape)), key=lambda axis: (self.stride[axis], -axis))
+        stride, step = [0] * len(shape), 1
+        for axis in order:
+            stride[axis] = step
+            step *= max(shape[axis], 1)
+        return self.model_copy(update={"shape": shape, "stride": tuple(stride)})
 
     def packed(self) -> TensorSpec:
         """The same without gaps, in row-major order."""
@@ -106,21 +121,44 @@ class TensorSpec(_Part):
         return f"{self.dtype}{list(self.shape)} on {self.device}"
 
 
-class FileRecord(_Part):
+class FileRecord(Part):
     """A file of the bundle, pinned."""
 
     sha256: Sha256
     nbytes: Annotated[int, Field(ge=0)]
 
 
-class InputSpec(_Part):
-    """A tensor that the caller passes; its place in the list is its slot."""
+class SizeRange(Part):
+    """Values of a size that is left open: `least`, `least + step`, ... up to `most`."""
+
+    least: Annotated[int, Field(ge=1, le=MAX_ELEMENTS)]
+    most: Annotated[int, Field(ge=1, le=MAX_ELEMENTS)]
+    step: Annotated[int, Field(ge=1, le=MAX_ELEMENTS)] = 1
+
+    def holds(self, size: int) -> bool:
+        """Whether a size is one of them."""
+        return self.least <= size <= self.most and (size - self.least) % self.step == 0
+
+    def __str__(self) -> str:
+        steps = "" if self.step == 1 else f" in steps of {self.step}"
+        return f"{self.least} to {self.most}{steps}"
+
+
+class InputSpec(Part):
+    """A tensor that the caller passes; its place in the list is its slot.
+
+    Attributes:
+        name: of the argument.
+        spec: as it was at export.
+        axes: the open ones, with the name of their size in `Call.sizes`; equal names, equal sizes.
+    """
 
     name: Name
     spec: TensorSpec
+    axes: Annotated[tuple[tuple[Slot, Name], ...], Field(max_length=MAX_RANK)] = ()
 
 
-class Parameter(_Part):
+class Parameter(Part):
     """One parameter of the model's forward; kinds as in `inspect`."""
 
     name: Name
@@ -131,18 +169,20 @@ class Parameter(_Part):
     default: Plain = None
 
 
-class Call(_Part):
+class Call(Part):
     """How the engine is called.
 
     Attributes:
         parameters: of the model's forward.
         inputs: every tensor, by name.
+        sizes: ranges of the sizes that are left open.
         fixed: leaves that are no tensors, with the only value that the engine was made for.
         result: structure of what is returned, see `values.describe_result`.
     """
 
     parameters: Annotated[tuple[Parameter, ...], Field(max_length=256)]
     inputs: Annotated[tuple[InputSpec, ...], Field(max_length=4096)]
+    sizes: dict[Name, SizeRange] = {}
     fixed: dict[Name, Plain]
     result: Any
 
@@ -159,90 +199,9 @@ class Call(_Part):
         return inspect.Signature(made)
 
 
-class Program(_Part):
+class Program(Part):
     """One native program and what it takes and gives."""
 
     file: FileName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-
-class Step(_Part):
-    """One use of a program.
-
-    Attributes:
-        program: index into the manifest's programs.
-        inputs: for each argument a slot of the environment or the name of a stored tensor.
-        outputs: slots that it fills.
-        free: slots that nothing reads afterwards.
-        kernels: number of block-sparse attentions in it.
-    """
-
-    program: Slot
-    inputs: tuple[Slot | Name, ...]
-    outputs: tuple[Slot, ...]
-    free: tuple[Slot, ...] = ()
-    kernels: Slot = 0
-
-
-class Kept(_Part):
-    """Values that few inputs determine, computed once for each set of those inputs.
-
-    Attributes:
-        inputs: slots of these inputs.
-        outputs: slots that the steps fill.
-        steps: what computes them.
-    """
-
-    inputs: tuple[Slot, ...]
-    outputs: tuple[Slot, ...]
-    steps: tuple[Step, ...]
-
-
-class StackRecord(_Part):
-    """What a skipped call forecasts: the block stack's outputs and the slots they continue."""
-
-    outputs: tuple[Slot, ...]
-    bases: tuple[Slot | None, ...]
-
-
-class Wiring(_Part):
-    """How programs make up one call of the model.
-
-    Slots: the inputs, then values of `kept`, then values between programs.
-
-    Attributes:
-        slots: how many there are.
-        hoisted: how many of them are filled by `kept`.
-        before, after: around the block stack, in every call.
-        bodies: the block stack, for each phase of the plan.
-        kept: what is computed once per prompt or timestep.
-        kept_always: indices into `kept` that every call needs.
-        kept_by_phase: for each phase, indices that a full call of it needs.
-        stack: what a skipped call forecasts.
-        returned: a slot for each tensor of the result.
-    """
-
-    slots: Slot
-    hoisted: Slot = 0
-    before: tuple[Step, ...]
-    bodies: Annotated[tuple[tuple[Step, ...], ...], Field(min_length=1)]
-    after: tuple[Step, ...]
-    kept: tuple[Kept, ...] = ()
-    kept_always: tuple[Slot, ...] = ()
-    kept_by_phase: tuple[tuple[Slot, ...], ...]
-    stack: StackRecord | None = None
-    returned: tuple[Slot, ...]
-
-
-class Schedule(_Part):
-    """The plan's calls, for runners that do not read plans; `ditopt` reads the plan itself.
-
-    Attributes:
-        phases: phase of each call.
-        sources: for each call the (earlier full call, coefficient) pairs that it is forecast from;
-            none for a full call.
-    """
-
-    phases: tuple[Slot, ...]
-    sources: tuple[tuple[tuple[Slot, float], ...], ...]

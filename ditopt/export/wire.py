@@ -6,17 +6,20 @@ the programs which use them share.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
 from ditopt.errors import EngineError
+from ditopt.export.borders import without_unused_inputs
+from ditopt.export.moves import move_program
 from ditopt.export.recorder import Recorded
-from ditopt.export.schema import Kept, StackRecord, Step, TensorSpec, Wiring
-from ditopt.graph import fake_value, output_nodes, placeholders
+from ditopt.export.wiring import Kept, Probe, StackRecord, Step, Wiring
+from ditopt.graph import placeholders
+from ditopt.stack import slot_value
+from ditopt.token_moves import TokenMove
 
 if TYPE_CHECKING:
     from ditopt.assembly import BoundPiece
@@ -38,33 +41,6 @@ class Wired:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def specs_of(gm: fx.GraphModule) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """What a program takes and gives.
-
-    Raises:
-        EngineError: something else than a tensor crosses its border.
-    """
-    both = ([fake_value(n) for n in placeholders(gm)], [_value(n) for n in output_nodes(gm)])
-    for value in (*both[0], *both[1]):
-        if not isinstance(value, Tensor):
-            raise EngineError(f"a {type(value).__name__} crosses the border of a program")
-    return tuple(map(TensorSpec.of, both[0])), tuple(map(TensorSpec.of, both[1]))
-
-
-def _without_unused_inputs(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy without the weights that a pass has merged: they are not stored twice."""
-    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    for node in placeholders(copied):
-        if not node.users:
-            copied.graph.erase_node(node)
-    copied.recompile()
-    return copied
-
-
-def _value(node: Any) -> Any:
-    return fake_value(node) if isinstance(node, fx.Node) else node
-
-
 class Wirer:
     """Reads a `ProgramBuilder` that has built its programs with a `RecordingBackend`.
 
@@ -83,9 +59,11 @@ class Wirer:
         users = [k for k, item in enumerate(captured.inputs) if item.role == "user"]
         hoisted = [k for k, item in enumerate(captured.inputs) if item.role == "hoisted"]
         self._hoisted = len(hoisted)
-        self._slots = {slot: k for k, slot in enumerate((*users, *hoisted))}
+        self._slots: dict[Hashable, int] = {slot: k for k, slot in enumerate((*users, *hoisted))}
         self._first = len(users) + len(hoisted)
-        self._graphs: dict[int, int] = {}  # id of a Recorded -> index
+        self._graphs: dict[int, int] = {}  # id of what a piece calls -> index
+        self._indices: dict[int, list[Tensor]] = {}  # id of a TokenMove -> what it selects
+        self._moved: dict[int, int] = {}  # slots that entered the blocks in order -> their slots
         self._wired: list[fx.GraphModule] = []
         self._tensors: dict[str, Tensor] = {}
         self._names: dict[tuple[Any, ...], str] = {}
@@ -109,7 +87,7 @@ class Wirer:
             slots=0,
             hoisted=self._hoisted,
             before=self._steps(before),
-            bodies=tuple(self._steps(body) for _, body, _ in linked.by_phase),
+            bodies=tuple(self._body(body) for _, body, _ in linked.by_phase),
             after=self._steps(after),
             kept=kept,
             kept_always=tuple(memos.index(memo) for memo in always if memo in linked.memos[0]),
@@ -117,6 +95,7 @@ class Wirer:
                 tuple(memos.index(memo) for memo in phase) for phase in linked.memos
             ),
             stack=self._stack(),
+            probe=self._probe(),
             returned=tuple(self._returned()),
         )
         slots = 1 + max((*self._slots.values(), self._first - 1), default=0)
@@ -141,6 +120,15 @@ class Wirer:
             bases=tuple(None if base is None else self._slot(base) for base in stack.bases),
         )
 
+    def _probe(self) -> Probe | None:
+        if self._linked.probe is None:
+            return None
+        cuts, streams = self._linked.probe
+        slots = (
+            (self._slot(slot), None if base is None else self._slot(base)) for slot, base in streams
+        )
+        return Probe(cuts=tuple(cuts), streams=tuple(slots))
+
     def _returned(self) -> list[int]:
         found = []
         for item in self._linked.captured.outputs:
@@ -150,7 +138,7 @@ class Wirer:
                 raise EngineError(f"the model returns the constant {item[1]!r}")
         return found
 
-    def _slot(self, slot: int) -> int:
+    def _slot(self, slot: Hashable) -> int:
         if slot not in self._slots:
             self._slots[slot] = len(self._slots)
         return self._slots[slot]
@@ -158,16 +146,48 @@ class Wirer:
     def _steps(self, pieces: Sequence[BoundPiece]) -> tuple[Step, ...]:
         return tuple(self._step(piece) for piece in pieces)
 
+    def _body(self, pieces: Sequence[BoundPiece]) -> tuple[Step, ...]:
+        """A block stack; where its tokens are in order, what enters is read in its moved form."""
+        steps = []
+        for piece in pieces:
+            if isinstance(piece.call, TokenMove):
+                steps.append(self._move(piece, piece.call))
+            else:
+                steps.append(self._step(piece))
+        self._moved.clear()
+        return tuple(steps)
+
+    def _move(self, piece: BoundPiece, move: TokenMove) -> Step:
+        """A program that selects along tokens, its indices stored tensors.
+
+        What enters the blocks gets slots of its own: stored tensors and the caller's stay as they
+        are. What leaves them is put back in place.
+        """
+        values = [
+            (slot, axes)
+            for slot, axes in zip(piece.inputs, move.axes, strict=True)
+            if not (move.back and slot in self._moved)
+        ]
+        captured = self._linked.captured
+        if id(move) not in self._graphs:
+            fakes = [slot_value(captured, slot) for slot, _ in values]
+            gm, self._indices[id(move)] = move_program(fakes, [a for _, a in values], move.index)
+            self._graphs[id(move)] = len(self._wired)
+            self._wired.append(gm)
+        inputs = [self._source(slot, {}) for slot, _ in values]
+        names = enumerate(self._indices[id(move)])
+        inputs += [self._store(f"order.{self._graphs[id(move)]}.{k}", x) for k, x in names]
+        if not move.back:
+            self._moved = {slot: self._slot(("moved", slot)) for slot, _ in values}
+        outputs = (self._moved.get(slot, self._slot(slot)) for slot, _ in values)
+        return Step(program=self._graphs[id(move)], inputs=tuple(inputs), outputs=tuple(outputs))
+
     def _step(self, piece: BoundPiece) -> Step:
-        if not isinstance(piece.call, Recorded):
-            raise EngineError(
-                "the plan reorders tokens around the block stack by a step that is no program",
-                remedy="Leave the plan's order out, or use torch.compile.",
-            )
+        assert isinstance(piece.call, Recorded)
         extras = dict(piece.extras)
         if id(piece.call) not in self._graphs:
             self._graphs[id(piece.call)] = len(self._wired)
-            self._wired.append(_without_unused_inputs(piece.call.gm))
+            self._wired.append(without_unused_inputs(piece.call.gm))
         used = [bool(node.users) for node in placeholders(piece.call.gm)]
         inputs = tuple(
             self._source(slot, extras)
@@ -178,11 +198,14 @@ class Wirer:
             program=self._graphs[id(piece.call)],
             inputs=inputs,
             outputs=tuple(self._slot(slot) for slot in piece.outputs),
-            free=tuple(self._slot(slot) for slot in piece.free),
+            free=tuple(self._slot(slot) for slot in piece.free)
+            + tuple(self._moved[slot] for slot in piece.free if slot in self._moved),
             kernels=piece.kernels,
         )
 
     def _source(self, slot: int, extras: dict[int, Any]) -> int | str:
+        if slot in self._moved:
+            return self._moved[slot]
         if slot in extras:
             extra = extras[slot]
             if extra not in self._derived:

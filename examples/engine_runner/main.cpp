@@ -107,6 +107,8 @@ class Engine {
       : text_(read_file(folder / "manifest.json")), manifest_(JsonReader(text_).read()) {
     if (manifest_["ditopt_engine"].integer() != 1 || manifest_["format"].text != "pt2")
       throw std::runtime_error("not a pt2 engine of version 1");
+    if (!manifest_["schedule"].null() && manifest_["schedule"]["gated"].flag)
+      throw std::runtime_error("the engine's plan has a gate: ditopt.Engine runs it");
     if (!manifest_["tensors"].members.empty())
       for (auto& [name, value] : load_tensors(folder / "weights.safetensors"))
         weights_[name] = place(value, manifest_["tensors"][name]);

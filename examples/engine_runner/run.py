@@ -28,6 +28,8 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
         self.wiring = self.manifest["wiring"]
+        if (self.manifest["schedule"] or {}).get("gated"):
+            raise SystemExit("the engine's plan has a gate: ditopt.Engine runs it")
         self.device = torch.device(self.manifest["device"])
         self.weights = {
             name: self._place(value, self.manifest["tensors"][name])

@@ -9,13 +9,13 @@ from torch import nn
 
 from ditopt.backends.aoti import AotiExporter
 from ditopt.export import run
+from ditopt.export.borders import specs_of
 from ditopt.export.describe import describe
 from ditopt.export.door import Exported, export_model
 from ditopt.export.engine import Engine
 from ditopt.export.link import link
 from ditopt.export.manifest import Manifest
 from ditopt.export.schema import Program
-from ditopt.export.wire import specs_of
 from ditopt.workload import Workload
 
 SPARSE = (

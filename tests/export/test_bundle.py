@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.errors import EngineError, FileError, VerificationError
-from ditopt.export import run
+from ditopt.export import compare
 from ditopt.export.bundle import new_folder
 from ditopt.export.engine import Engine
 from ditopt.export.run import export
@@ -264,7 +264,7 @@ def test_what_torch_exports_wrongly_or_not_at_all_leaves_no_engine(
 
 def test_a_wrong_engine_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last comparison holds back whatever the steps before it let through."""
-    monkeypatch.setattr(run, "tolerance", lambda result: -1.0)
+    monkeypatch.setattr(compare, "tolerance", lambda result: -1.0)
     with pytest.raises(VerificationError, match="the engine is wrong at call 0"):
         export(small_workload(), tmp_path / "engine", format="onnx")
     assert left_behind(tmp_path) == []
