@@ -155,10 +155,7 @@ class PartMaker:
             inputs=piece.inputs,
             outputs=piece.outputs,
             extras=tuple(self._extra(spec, piece, index, chosen.choices) for spec in done.extras),
-            kernels=sum(
-                isinstance(spec, ForcedBlocks) or (isinstance(spec, BlockLists) and spec.part == 0)
-                for spec in done.extras
-            ),
+            kernels=len({spec.node for spec in done.extras if isinstance(spec, _LISTED)}),
         )
 
     def _linear_rules(self, index: int, piece: Piece, phase: Phase) -> dict[str, LinearRule | str]:
@@ -241,6 +238,10 @@ class PartMaker:
             weight = choice.remainder.projection.to(self._device, spec.dtype)
             return lambda env: weight
         return block_input(self.captured, site, choice, _wanted(spec), self._device)
+
+
+_LISTED = (BlockLists, ForcedBlocks, SelectorSlot)
+"""Inputs of attentions with block lists: each has one of these kinds at least."""
 
 
 def _wanted(spec: BlockLists | ForcedBlocks | DroppedBlocks | BlockBias) -> BlockInput:
