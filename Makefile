@@ -5,12 +5,12 @@
 PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3)
 BIN := .venv/bin
 READY := .venv/.ditopt-ready
-FAST := not (slow or gpu or zoo or browser)
+FAST := not (slow or gpu or zoo)
 
 .PHONY: help setup demo test test-zoo test-slow test-gpu lint format docs bench clean
 
 help:
-	@echo "make demo      profile, plan and bench the embedded model; ends with a table and a picture"
+	@echo "make demo      profile, plan and bench the embedded model; ends with a table, a picture and a report"
 	@echo "make test      lint, types and every test that two CPU cores run in minutes"
 	@echo "make test-zoo  every published architecture, compiled; about an hour"
 	@echo "make test-slow / test-gpu   the tests that test leaves out"
@@ -38,7 +38,7 @@ demo: $(READY)
 	$(BIN)/ditopt demo
 
 test: lint
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "$(FAST)"
+	$(BIN)/python -m pytest -q -rs -n auto --dist worksteal -m "$(FAST)"
 
 test-zoo: $(READY)
 	$(BIN)/python -m pytest -q -m "zoo"

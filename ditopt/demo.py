@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ditopt.files import make_folder
 from ditopt.pictures import Frames, write_comparison
 from ditopt.plan import Goal
 from ditopt.profiling import ProfileSpec, profile
+from ditopt.report_page import write_report
 from ditopt.search import plan_from_profile
 from ditopt.workload import load_workload
 
@@ -39,16 +41,31 @@ def demo_workload() -> str:
     return str(path)
 
 
-def run_demo(out: Path, min_psnr_db: float, progress: Progress) -> tuple[BenchResult, Path]:
+@dataclass(frozen=True)
+class Demo:
+    """What the demo measured, and what it wrote to be looked at.
+
+    Attributes:
+        bench: on the plan's audit seeds.
+        plan: the plan's file.
+        picture: frames of the first seed.
+        report: the page about profile, plan and search.
+    """
+
+    bench: BenchResult
+    plan: Path
+    picture: Path
+    report: Path
+
+
+def run_demo(out: Path, min_psnr_db: float, progress: Progress) -> Demo:
     """Profile, plan and bench the embedded model.
 
     Args:
-        out: folder for the profile (an earlier one is taken up again), the plan and the picture.
+        out: folder for the profile (an earlier one is taken up again), the plan, the picture and
+            the report.
         min_psnr_db: the plan's goal.
         progress: told about every stage.
-
-    Returns:
-        The bench, on the plan's audit seeds, and the picture of its first seed.
     """
     workload = load_workload(demo_workload())
     make_folder(out)
@@ -67,4 +84,6 @@ def run_demo(out: Path, min_psnr_db: float, progress: Progress) -> tuple[BenchRe
 
     measured = bench(workload, plan, observe=keep_first, progress=progress)
     write_comparison(picture, {caption: shown[caption] for caption in _CAPTIONS.values()})
-    return measured, picture
+    report = out / "report.html"
+    write_report(out / "profile", report, plan_path, workload=workload, progress=progress)
+    return Demo(measured, plan_path, picture, report)

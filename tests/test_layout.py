@@ -79,7 +79,6 @@ def test_the_wheel_holds_every_source_file(tmp_path):
     subprocess.run([*command, str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("ditopt/")}
-    expected = {
-        n for n in tracked if (ROOT / n).exists() and n.endswith((".py", ".typed", ".yaml", ".cpp"))
-    }
+    kinds = (".py", ".typed", ".yaml", ".cpp", ".css", ".js", ".jinja")
+    expected = {name for name in tracked if (ROOT / name).exists() and name.endswith(kinds)}
     assert packed == expected

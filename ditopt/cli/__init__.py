@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from ditopt.cli import engines, measured, planning, profiles
+from ditopt.cli import engines, measured, planning, profiles, reports
 from ditopt.cli.entry import run_app
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ _COMMANDS: tuple[Callable[..., Any], ...] = (  # as `ditopt --help` lists them
     profiles.profile,
     planning.plan,
     planning.explain,
+    reports.report,
     engines.export,
     engines.run,
     measured.bench,

@@ -63,7 +63,8 @@ def demo(
     from ditopt.tables import bench_table
 
     with terminal_progress() as progress:
-        result, picture = run_demo(out, min_psnr, progress)
-    show(bench_table(result), result.to_json(), json_path)
-    result.check()
-    typer.echo(f"Plan: {out / 'plan.yaml'}   Picture: {picture}", err=json_path == "-")
+        found = run_demo(out, min_psnr, progress)
+    show(bench_table(found.bench), found.bench.to_json(), json_path)
+    found.bench.check()
+    where = f"Plan: {found.plan}   Picture: {found.picture}   Report: {found.report}"
+    typer.echo(where, err=json_path == "-")

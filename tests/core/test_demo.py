@@ -40,25 +40,30 @@ def stages(monkeypatch, tmp_path):
                 observe(variant, seed, torch.full((2, 8, 8, 3), 100 * number + seed))
         return types.SimpleNamespace(rows=())
 
+    def write_report(profile_dir, out, plan, *, workload, progress):
+        seen.update(reported=(profile_dir, plan), report=out)
+
     monkeypatch.setattr(demo, "demo_workload", lambda: str(path))
-    for function in (profile, plan_from_profile, bench):
+    for function in (profile, plan_from_profile, bench, write_report):
         monkeypatch.setattr(demo, function.__name__, function)
     return seen
 
 
 def test_the_stages_hand_on_what_they_wrote(stages, tmp_path):
     out = tmp_path / "new" / "demo"
-    _, picture = demo.run_demo(out, 32.0, silent)
+    found = demo.run_demo(out, 32.0, silent)
     assert stages["profile"] == stages["planned"] == out / "profile"
     assert stages["source"] == f"{tmp_path / 'workload.py'}:workload"
     assert stages["goal"] == 32.0
-    assert stages["plan"] == out / "plan.yaml"
-    assert picture == out / "dense_beside_optimized.png"
+    assert stages["plan"] == found.plan == out / "plan.yaml"
+    assert found.picture == out / "dense_beside_optimized.png"
+    assert stages["report"] == found.report == out / "report.html"
+    assert stages["reported"] == (out / "profile", out / "plan.yaml")
 
 
 def test_the_picture_shows_the_first_seed(stages, tmp_path):
-    _, picture = demo.run_demo(tmp_path / "demo", 30.0, silent)
-    pixels = np.asarray(Image.open(picture))
+    found = demo.run_demo(tmp_path / "demo", 30.0, silent)
+    pixels = np.asarray(Image.open(found.picture))
     dense, optimized = pixels[60, 60], pixels[pixels.shape[0] // 2 + 60, 60]
     assert dense.tolist() == [7, 7, 7]
     assert optimized.tolist() == [207, 207, 207]
