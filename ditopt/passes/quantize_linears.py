@@ -31,9 +31,8 @@ from ditopt.passes.base import (
     PassContext,
     add_input,
 )
-from ditopt.quantization.layer import ROW_FORMATS, STORED_FORMATS, compute, operands
+from ditopt.quantization.layer import ROW_FORMATS, STORED_FORMATS, compute, misfit, operands
 from ditopt.quantization.limits import missing_hardware, refused_shape
-from ditopt.quantization.transforms import rotation_block
 
 if TYPE_CHECKING:
     from ditopt.quantization import LinearRule
@@ -130,11 +129,9 @@ def _reject(node: fx.Node, rule: LinearRule) -> str | None:
         return f"the weight is {str(weight.dtype).removeprefix('torch.')} already"
     if weight.dtype != x.dtype:
         return f"weight and input have different dtypes ({weight.dtype}, {x.dtype})"
-    if rule.transform.startswith("rotate") and rotation_block(k) is None:
-        return f"K = {k} is no multiple of 4, as the rotation needs"
-    stored = STORED_FORMATS.get(rule.format)
-    if stored is not None and k % stored.multiple:
-        return f"K = {k} is no multiple of {stored.multiple}, as {rule.format} needs"
+    reason = misfit(rule, k)
+    if reason is not None:
+        return reason
     missing = missing_hardware(rule.product, x.device)
     if missing is not None:
         return None if rule.simulate else f"{missing}, and the plan does not say simulate"

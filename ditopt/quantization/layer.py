@@ -52,6 +52,16 @@ ROW_SCALE = "row_scale"
 """Of a stored weight that is multiplied in 8 bits: scales [1, N] of the decoded rows."""
 
 
+def misfit(rule: LinearRule, k: int) -> str | None:
+    """Why a rule does not fit any layer with K input channels, or None."""
+    if rule.transform.startswith("rotate") and transforms.rotation_block(k) is None:
+        return f"K = {k} is no multiple of 4, as the rotation needs"
+    stored = STORED_FORMATS.get(rule.format)
+    if stored is not None and k % stored.multiple:
+        return f"K = {k} is no multiple of {stored.multiple}, as {rule.format} needs"
+    return None
+
+
 def operands(rule: LinearRule, n: int, k: int, dtype: torch.dtype) -> Parts:
     """Shape and dtype of each tensor that `derive` makes, in order.
 

@@ -64,6 +64,22 @@ class InputStatistics:
         }
 
 
+def fluctuation(seen: InputStatistics, weight: Tensor) -> float:
+    """LRQ-DiT's criterion J (arXiv 2508.03485): root mean square of the balanced input.
+
+    The balance is the paper's, ``s = sqrt(max|x_c| / max_o|W_oc|)``, which unlike
+    `transforms.balance_scales` is not normalised; channels that are zero on either side keep s = 1.
+
+    Args:
+        seen: of the input.
+        weight: [N, K].
+    """
+    columns = weight.abs().amax(0).to(seen.amax)
+    usable = (seen.amax > 0) & (columns > 0)
+    squared = torch.where(usable, seen.amax / columns, torch.ones_like(columns))
+    return float((seen.square / max(seen.rows, 1) / squared).mean().sqrt())
+
+
 def plan_tensors(statistics: dict[str, InputStatistics]) -> dict[str, Tensor]:
     """The statistics that transforms need, named as a plan's side file names them."""
     found = {}
@@ -71,6 +87,14 @@ def plan_tensors(statistics: dict[str, InputStatistics]) -> dict[str, Tensor]:
         found[f"linear/amax/{layer}"] = seen.amax.float().cpu()
         found[f"linear/mean/{layer}"] = seen.mean.float().cpu()
     return found
+
+
+def range_tensors(ranges: dict[str, list[InputStatistics]]) -> dict[str, Tensor]:
+    """Largest magnitudes [R, K] of each channel in each range of calls, for static scales."""
+    return {
+        f"linear/range_amax/{layer}": torch.stack([seen.amax for seen in found]).float().cpu()
+        for layer, found in ranges.items()
+    }
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.errors import ProfileError
+from ditopt.profiling.linear_watcher import LinearWatcher
 from ditopt.profiling.linears import (
     CANDIDATES,
     LinearCost,
@@ -19,9 +20,11 @@ from ditopt.profiling.linears import (
     profile_linears,
 )
 from ditopt.profiling.schema import SeedRecord
-from ditopt.quantization.statistics import InputStatistics
+from ditopt.quantization import LinearRule
+from ditopt.quantization.statistics import InputStatistics, fluctuation
 from ditopt.search.assignment import frontier
 from ditopt.search.linears import LinearChoices
+from ditopt.sites import LinearSite
 from ditopt.workload import Workload
 
 from .small_model import Model
@@ -156,6 +159,43 @@ def test_a_format_that_is_not_faster_is_never_offered(found: tuple[LinearProfile
         profile.model_copy(update={"costs": tuple(slow)}), load_statistics(folder)
     )
     assert choices.options([seed_record()], 1) == []
+
+
+def test_directions_and_ranges_are_recorded(found: tuple[LinearProfile, Path]) -> None:
+    profile, folder = found
+    tensors = load_statistics(folder)
+    for group in profile.groups:
+        # A small error at right angles to the output turns it by half its square.
+        pairs = zip(group.direction_error, group.error, strict=True)
+        for turns, errors in pairs:
+            assert all(0 < t < 2 * e for t, e in zip(turns, errors, strict=True) if e < 0.1)
+        amax = tensors[f"linear/range_amax/{group.members[0]}"]
+        assert amax.amax(1).tolist() == pytest.approx(group.range_amax)
+
+
+def test_a_rule_that_no_layer_can_have_is_refused(tmp_path: Path) -> None:
+    rule = LinearRule(format="int4_group")
+    model = nn.Linear(6, 6)
+    watched = LinearWatcher([(0, 1)], 1, 4, 1)
+    site = LinearSite("layer", 6, 6, 0, "linear", 0, 9)
+    watched.linear(site, "x", torch.ones(9, 6), model.weight, model.bias)
+    (group,) = watched.groups.values()
+    with pytest.raises(ProfileError, match="layer: K = 6 is no multiple of 16, as int4_group"):
+        group.measure([rule])
+
+
+def test_fluctuation_is_the_size_of_the_balanced_input() -> None:
+    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 2] *= 50
+    x[:, 3] = 0
+    weight = torch.rand(5, 8, generator=torch.Generator().manual_seed(1)) + 0.5
+    seen = InputStatistics.empty(8, torch.device("cpu"))
+    seen.add(x)
+    scale = (x.abs().amax(0) / weight.amax(0)).sqrt()
+    scale[3] = 1
+    wanted = float((x / scale).square().mean().sqrt())
+    assert fluctuation(seen, weight) == pytest.approx(wanted, rel=1e-5)
+    assert fluctuation(seen, weight * 9) == pytest.approx(3 * wanted, rel=1e-5)
 
 
 def test_a_damaged_file_is_refused(found: tuple[LinearProfile, Path], tmp_path: Path) -> None:
