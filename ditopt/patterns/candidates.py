@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _DENSEST = 0.9
 # An order of tokens costs a pass over them: it has to spare a pattern this share of its blocks.
 _SPARED = 0.2
-_MOST = 24
-_MOST_IN_ORDER = 8
+_MOST = 26
+_MOST_IN_ORDER = 6
 
 
 def orders(layout: TokenLayout | None, block: int) -> tuple[TokenOrder | None, ...]:
@@ -97,8 +97,8 @@ def candidates(
         order: of the grid's tokens; None is the model's own.
 
     Returns:
-        In the model's own order `Dense` first, then descending density, `Skip` last; at most 26.
-        In another order at most 8, without the two.
+        In the model's own order `Dense` first, then descending density, `Skip` last; at most 28.
+        In another order at most 6, without the two.
     """
     if layout is None:
         return (Dense(), Skip()) if order is None else ()
@@ -130,7 +130,10 @@ def _spread(found: list[tuple[float, HeadPattern]], most: int) -> tuple[HeadPatt
 
 
 def _proposals(layout: TokenLayout) -> Iterator[HeadPattern]:
-    """Windows first: of patterns with equal blocks the one named first is kept."""
+    """Windows first: of patterns with equal blocks the one named first is kept.
+
+    Of each kind those come first that are to stay where there are too many.
+    """
     if layout.frames > 1:
         yield from _video_proposals(layout)
     else:
@@ -142,18 +145,19 @@ def _proposals(layout: TokenLayout) -> Iterator[HeadPattern]:
 
 def _video_proposals(layout: TokenLayout) -> Iterator[HeadPattern]:
     frames, rows, cols = layout.frames, layout.height, layout.width
-    for share in (1, 2, 4):
-        size = _part(frames, share)
+    half, quarter = _part(frames, 2), _part(frames, 4)
+    yield Window(frames=1, rows=rows, cols=cols)
+    yield Window(frames=frames, rows=_part(rows, 4), cols=_part(cols, 4))
+    for size in (half, quarter):
         yield Window(frames=size, rows=rows, cols=cols)
         yield Window(frames=size, rows=_part(rows, 2), cols=cols)
-    yield Window(frames=1, rows=rows, cols=cols)
-    for share in (1, 2):
-        yield Window(frames=_part(frames, share), rows=_part(rows, 4), cols=_part(cols, 4))
+    yield Window(frames=half, rows=_part(rows, 4), cols=_part(cols, 4))
+    yield Window(frames=frames, rows=_part(rows, 2), cols=cols)
     frame_tokens = rows * cols
     # Where a frame is a multiple of the block, only width 0 does not touch the blocks beside it.
     for width in (0, *(frame_tokens // (2 * share) for share in (4, 16, 64))):
         yield MultiDiagonal(period="frame", width=width)
-    for every, reach in ((2, 0), (4, 1), (4, 0), (frames, 1), (frames, 0)):
+    for every, reach in ((frames, 0), (2, 0), (4, 0), (3, 0), (4, 1), (frames, 1)):
         yield Stripe(unit="frame", every=every, reach=reach)
     for references in (frames // 4, frames // 2):
         yield FrameTile(references=max(1, references))

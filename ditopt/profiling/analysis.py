@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 ANALYSIS_NAME = "analysis.json"
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 Verdict = Literal["static", "refresh", "dense"]
 
 _HELD = 0.8
@@ -48,7 +49,6 @@ _ROOM = 1.25
 _STABLE = 0.8
 """Jaccard index or rank correlation from which on a head is the same everywhere."""
 _AT_90 = RECALL_LEVELS.index(0.9)
-_NEVER_DB = 60.0  # a margin's largest value: no other class is offered at that density
 
 
 class _Part(BaseModel):
@@ -62,16 +62,16 @@ class HeadAnalysis(_Part):
         kind: of the best pattern at equal density; `selector` where only content explains the
             head, `dense` where nothing sparse does.
         structure: what that stands for.
-        margin: decibels by which the best pattern of another structure errs more; for a head
-            without a pattern, of the density it needs below (`cluster`) or above (`diffuse`) what
-            counts as sparse.
+        margin: decibels by which the best pattern of another structure errs more (an output of
+            zero where none is offered at that density); for a head without a pattern, of the
+            density that it needs below (`cluster`) or above (`diffuse`) what counts as sparse.
         option: number of that pattern in the profile's options; 0 where none explains the head.
         density_at_recall_90: least density that holds 0.9 of the attention: of blocks in the
             model's own order, and for `cluster` of pairs of clusters.
         jaccard_seeds: shared over joint blocks of the sets that hold 0.9, mean over pairs of seeds
             at the same call; None with one seed.
         jaccard_steps: the same over pairs of observed calls of a seed; None with one call.
-        rank_seeds: rank correlation of the options' errors between seeds, likewise.
+        rank_seeds: rank correlation between seeds of the errors at equal density, likewise.
         rank_steps: the same between calls.
         verdict: `static` (blocks can be fixed), `refresh` (chosen online) or `dense`.
         effective_rank: of the attention outside the top blocks, see `HeadMaps.rank`.
@@ -209,10 +209,10 @@ class _SiteView:
 
     def head(self, h: int) -> HeadAnalysis:
         """All about one head."""
-        structure, number, margin = self._structure(h)
+        structure, number, margin, compared = self._structure(h)
         by_content = structure == "cluster"
         kind = self.profile.options[number].pattern.kind if number else None
-        sets, errors = self.top[:, :, h], self.error[:, :, h]
+        sets, errors = self.top[:, :, h], self.error[:, :, h][..., compared]
         jaccards = [_pairs(sets, axis, _overlap) for axis in (0, 1)]
         ranks = [_pairs(errors, axis, _rank_correlation) for axis in (0, 1)]
         return HeadAnalysis(
@@ -231,34 +231,34 @@ class _SiteView:
             effective_rank=round(float(self.rank[h]), 2),
         )
 
-    def _structure(self, h: int) -> tuple[Structure, int, float]:
-        """Class, number of the option (0: none) and margin in dB."""
+    def _structure(self, h: int) -> tuple[Structure, int, float, Bools]:
+        """Class, number of the option (0: none), margin in dB, and the options compared, [C]."""
         named = np.array([s is not None for s in self.structures])
         holds = named & (self.kept[h] >= _HELD) & (self.density <= _SPARSE)
         if not holds.any():
             content, blocks = self.clusters[h], self.recall[h]
             needed = min(content, blocks)
             structure: Structure = "cluster" if needed <= _SPARSE else "diffuse"
-            return structure, 0, abs(10 * float(np.log10(_SPARSE / max(needed, 1e-9))))
+            return structure, 0, abs(10 * float(np.log10(_SPARSE / max(needed, 1e-9)))), named
         equal = named & (self.density <= _ROOM * self.density[holds].min())
         error = np.where(equal, self.error[:, :, h].mean(axis=(0, 1)), np.inf)
         best = int(error.argmin())
         found = self.structures[best]
         assert found is not None
         others = [e for e, s in zip(error, self.structures, strict=True) if s not in (found, None)]
-        second = min(others, default=np.inf)
+        second = min([*others, 1.0])
         margin = 10 * float(np.log10(max(second, 1e-30) / max(error[best], 1e-30)))
-        return found, self.numbers[best], min(margin, _NEVER_DB)
+        return found, self.numbers[best], margin, equal
 
 
 def _verdict(
     structure: Structure, jaccards: Sequence[float | None], ranks: Sequence[float | None]
 ) -> Verdict:
-    """Sets that hardly change, or a class whose options always rank alike, can be fixed."""
+    """A pattern whose blocks hardly change, or that always ranks alike, can be fixed."""
     if structure == "diffuse":
         return "dense"
-    same = [all(x is None or x >= _STABLE for x in values) for values in (jaccards, ranks)]
-    return "static" if same[0] or (same[1] and structure != "cluster") else "refresh"
+    same = (all(x is None or x >= _STABLE for x in values) for values in (jaccards, ranks))
+    return "static" if structure != "cluster" and any(same) else "refresh"
 
 
 def _pairs(values: Any, axis: int, likeness: Callable[[Any, Any], float]) -> float | None:
