@@ -6,13 +6,14 @@ The template draws them as SVG, so that they are there without a script and on p
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ditopt.plan import Plan
-    from ditopt.report_page.recorded import SearchRecord, Trial
+    from ditopt.search.record import SearchRecord, Trial
 
 _WIDTH, _HEIGHT = 560, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 22, 50
@@ -86,37 +87,34 @@ def axis(values: Sequence[float], start: float, stop: float, unit: str) -> Axis:
 def pareto(search: SearchRecord, plan: Plan | None) -> Chart | None:
     """Predicted speed and quality of the frontier, and what sampling made of the trials."""
     points = sorted(
-        (point.predicted_speedup, point.predicted_psnr_db, point.full_calls, point.density)
-        for point in search.frontier
-        if _drawn(point.predicted_psnr_db)
+        (point for point in search.frontier if point.predicted_psnr_db < _DRAWN_DB),
+        key=lambda point: point.predicted_speedup,
     )
-    trials = [trial for trial in search.trials if _drawn(trial.predicted_psnr_db)]
+    trials = _drawn(search)
     if not points and not trials:
         return None
-    goal = None if plan is None or plan.goal is None else plan.goal
-    goal_y = None if goal is None else goal.min_psnr_db
-    goal_x = None if goal is None else goal.target_speedup
-    speeds = [point[0] for point in points] + [trial.predicted_speedup for trial in trials]
-    decibels = [point[1] for point in points] + [trial.predicted_psnr_db for trial in trials]
-    decibels += [mean(trial) for trial in trials if _drawn(mean(trial))]
-    x = axis([*speeds, *([] if goal_x is None else [goal_x])], _LEFT, _WIDTH - _RIGHT, "×")
-    y = axis([*decibels, *([] if goal_y is None else [goal_y])], _HEIGHT - _BOTTOM, _TOP, "")
+    goal = None if plan is None else plan.goal
+    goal_x, goal_y = (None, None) if goal is None else (goal.target_speedup, goal.min_psnr_db)
+    speeds = [p.predicted_speedup for p in points] + [t.predicted_speedup for t, _, _ in trials]
+    decibels = [p.predicted_psnr_db for p in points]
+    decibels += [value for _, *both in trials for value in both]
+    x = axis([*speeds, *_known(goal_x)], _LEFT, _WIDTH - _RIGHT, "×")
+    y = axis([*decibels, *_known(goal_y)], _HEIGHT - _BOTTOM, _TOP, "")
     marks = [
         Mark(
-            x.at(speedup),
-            y.at(psnr_db),
+            x.at(point.predicted_speedup),
+            y.at(point.predicted_psnr_db),
             "frontier",
-            f"frontier: {speedup:.2f}× at {psnr_db:.1f} dB predicted\n"
-            f"{full_calls} full calls, {density:.0%} of the blocks",
+            f"frontier: {point.predicted_speedup:.2f}× at {point.predicted_psnr_db:.1f} dB "
+            f"predicted\n{point.full_calls} full calls, {point.density:.0%} of the blocks",
         )
-        for speedup, psnr_db, full_calls, density in points
+        for point in points
     ]
-    for trial in trials:
-        measured = mean(trial) if _drawn(mean(trial)) else trial.predicted_psnr_db
+    for trial, predicted, measured in trials:
         across = x.at(trial.predicted_speedup)
-        ends = (across, y.at(trial.predicted_psnr_db))
+        ends = (across, y.at(predicted))
         marks.append(Mark(across, y.at(measured), trial.purpose, _tell(trial), trial.adopted, ends))
-    corners = [f"{x.at(point[0])} {y.at(point[1])}" for point in points]
+    corners = [f"{mark.x} {mark.y}" for mark in marks if mark.kind == "frontier"]
     return Chart(
         title="Speed against quality",
         x=x,
@@ -132,10 +130,10 @@ def pareto(search: SearchRecord, plan: Plan | None) -> Chart | None:
 
 def scatter(search: SearchRecord) -> Chart | None:
     """Predicted against measured quality of every trial; on the diagonal they agree."""
-    trials = [t for t in search.trials if _drawn(t.predicted_psnr_db) and _drawn(mean(t))]
+    trials = _drawn(search)
     if not trials:
         return None
-    decibels = [value for trial in trials for value in (trial.predicted_psnr_db, mean(trial))]
+    decibels = [value for _, *both in trials for value in both]
     x = axis(decibels, _LEFT, _WIDTH - _RIGHT, "")
     y = axis(decibels, _HEIGHT - _BOTTOM, _TOP, "")
     return Chart(
@@ -145,33 +143,33 @@ def scatter(search: SearchRecord) -> Chart | None:
         x_name="predicted PSNR in dB",
         y_name="measured PSNR in dB",
         marks=tuple(
-            Mark(
-                x.at(trial.predicted_psnr_db),
-                y.at(mean(trial)),
-                trial.purpose,
-                _tell(trial),
-                trial.adopted,
-            )
-            for trial in trials
+            Mark(x.at(predicted), y.at(measured), trial.purpose, _tell(trial), trial.adopted)
+            for trial, predicted, measured in trials
         ),
         line=f"M{x.at(x.low)} {y.at(y.low)}L{x.at(x.high)} {y.at(y.high)}",
     )
 
 
-def mean(trial: Trial) -> float:
-    """Mean over seeds of the measured PSNR in dB."""
-    return sum(trial.measured_psnr_db) / len(trial.measured_psnr_db)
+def _drawn(search: SearchRecord) -> list[tuple[Trial, float, float]]:
+    """Trials with predicted and mean measured PSNR in dB, those that an axis has a place for."""
+    return [
+        (trial, trial.predicted_psnr_db, measured)
+        for trial in search.trials
+        if trial.predicted_psnr_db is not None and trial.predicted_psnr_db < _DRAWN_DB
+        if (measured := statistics.fmean(trial.measured_psnr_db)) < _DRAWN_DB
+    ]
 
 
-def _drawn(psnr_db: float | None) -> bool:
-    return psnr_db is not None and math.isfinite(psnr_db) and psnr_db < _DRAWN_DB
+def _known(value: float | None) -> list[float]:
+    return [] if value is None else [value]
 
 
 def _tell(trial: Trial) -> str:
     each = ", ".join(f"{value:.1f}" for value in trial.measured_psnr_db)
+    mean = statistics.fmean(trial.measured_psnr_db)
     return (
         f"{trial.purpose}{', the chosen plan' if trial.adopted else ''}\n"
-        f"measured {mean(trial):.1f} dB ({each}), predicted {trial.predicted_psnr_db:.1f} dB\n"
+        f"measured {mean:.1f} dB ({each}), predicted {trial.predicted_psnr_db:.1f} dB\n"
         f"predicted speedup {trial.predicted_speedup:.2f}×, {trial.full_calls} full calls, "
         f"{trial.density:.0%} of the blocks"
     )

@@ -15,7 +15,7 @@ from ditopt.plan import Plan
 from ditopt.profiling.analysis import Analysis
 from ditopt.profiling.linears import LinearProfile
 from ditopt.profiling.schema import Profile, SeedRecord, load_complete
-from ditopt.report_page.recorded import SearchRecord
+from ditopt.search.record import SearchRecord
 
 if TYPE_CHECKING:
     from torch import Tensor

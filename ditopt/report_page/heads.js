@@ -2,7 +2,7 @@
 
 function headsSection(data) {
   const grid = $("#matrix");
-  const state = { phase: data.phases.length - 1, view: data.views[0].id, site: 0, head: 0, call: 0 };
+  const state = { phase: data.phases.length - 1, view: data.views[0]?.id ?? "choice", site: 0, head: 0, call: 0 };
   const cells = [];
   const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.0995 ? 1 : 0)}%`;
   const number = (value, digits = 2) => (value === null || value === undefined ? "not measured" : value.toFixed(digits));
@@ -31,13 +31,14 @@ function headsSection(data) {
 
   function describe(site, head) {
     const [choice, error, facts] = [choiceOf(site, head), errorOf(site, head), factsOf(site, head)];
-    const lines = [
-      `${data.sites[site].id}, head ${head}`,
-      choice.parameters ? `${choice.name}: ${choice.parameters}` : choice.name,
-      amount(choice),
-      `predicted error ${error === null ? "not measured" : percent(error)}`,
-    ];
-    if (choice.remainder) lines.push(`left-out blocks: ${choice.remainder}`);
+    const lines = [`${data.sites[site].id}, head ${head}`];
+    if (data.planned) {
+      lines.push(
+        choice.parameters ? `${choice.name}: ${choice.parameters}` : choice.name,
+        amount(choice),
+        `predicted error ${error === null ? "not measured" : percent(error)}`);
+      if (choice.remainder) lines.push(`left-out blocks: ${choice.remainder}`);
+    }
     if (facts) lines.push(`class ${classOf(facts)}`, `stability: ${facts.verdict}`);
     return lines;
   }
@@ -68,7 +69,7 @@ function headsSection(data) {
   }
 
   function legend() {
-    const view = data.views.find(({ id }) => id === state.view);
+    const view = data.views.find(({ id }) => id === state.view) ?? {};
     const list = $("#matrix-legend");
     if (view.ramp) {
       list.replaceChildren(make("li", {}, make("span", { text: view.ramp[0] }), make("span", { class: "ramp" }), make("span", { text: view.ramp[1] })));

@@ -50,11 +50,11 @@ def heads(evidence: Evidence) -> dict[str, Any] | None:
         for phase in phases
     ]
     largest = [e for phase in shown for row in phase["error"] for e in row if e is not None]
-    analysed = evidence.analysis is not None
+    planned, analysed = plan is not None, evidence.analysis is not None
     return {
-        "planned": plan is not None,
+        "planned": planned,
         "columns": max(site.heads for site in sites),
-        "views": [view for view in _VIEWS if analysed or view["id"] not in _ANALYSED],
+        "views": [v for v in _VIEWS if (analysed if v["id"] in _ANALYSED else planned)],
         "names": FAMILIES,
         "sites": [
             {"id": site.id, "heads": site.heads, "facts": _facts(evidence, site)} for site in sites

@@ -1,7 +1,6 @@
 """A small profile folder with a plan, written through the classes that the real ones write."""
 
 import hashlib
-import json
 import math
 
 import safetensors.torch
@@ -45,6 +44,7 @@ from ditopt.profiling.schema import (
     SiteShape,
 )
 from ditopt.quantization import LinearRule
+from ditopt.search.record import FrontierPoint, SearchRecord, Trial
 from ditopt.token_order import Tile
 
 CALLS, OBSERVED = 12, (3, 6, 10)
@@ -266,41 +266,39 @@ SHIFTED = Tile(frames=4, rows=2, cols=2)
 
 def write_search(folder, plan_path):
     """What the search records: trials and the frontier."""
-    frontier = [
-        {
-            "predicted_speedup": 1.2 + 0.3 * n,
-            "predicted_psnr_db": 46.0 - 3.5 * n,
-            "full_calls": 11 - n,
-            "density": 0.9 - 0.1 * n,
-        }
-        for n in range(7)
-    ]
-    trials = [
-        {
-            "purpose": purpose,
-            "seeds": seeds,
-            "predicted_psnr_db": predicted,
-            "measured_psnr_db": measured,
-            "predicted_seconds": 0.48 / speedup,
-            "predicted_speedup": speedup,
-            "measured_seconds": 0.5 / speedup,
-            "full_calls": 6,
-            "density": 0.31,
-            "adopted": speedup == 2.4,
-        }
-        for purpose, seeds, predicted, measured, speedup in (
-            ("tune", [1000, 1001], 30.4, [28.4, 28.9], 2.7),
-            ("tune", [1000, 1001], 31.0, [31.2, 30.6], 2.4),
-            ("audit", [2000, 2001, 2002], 31.0, [31.5, 30.2, 30.9], 2.4),
+    frontier = tuple(
+        FrontierPoint(
+            predicted_speedup=1.2 + 0.3 * n,
+            predicted_psnr_db=46.0 - 3.5 * n,
+            full_calls=11 - n,
+            density=0.9 - 0.1 * n,
         )
-    ]
-    value = {
-        "goal": "PSNR >= 30 dB",
-        "trials": trials,
-        "frontier": frontier,
-        "plan_sha256": hashlib.sha256(plan_path.read_bytes()).hexdigest(),
-    }
-    (folder / "search.json").write_text(json.dumps(value))
+        for n in range(7)
+    )
+    trials = tuple(
+        Trial(
+            purpose=purpose,
+            seeds=seeds,
+            predicted_psnr_db=predicted,
+            measured_psnr_db=measured,
+            predicted_seconds=0.48 / speedup,
+            predicted_speedup=speedup,
+            measured_seconds=0.5 / speedup,
+            full_calls=6,
+            density=0.31,
+            adopted=speedup == 2.4,
+        )
+        for purpose, seeds, predicted, measured, speedup in (
+            ("tune", (1000, 1001), None, (28.4, 28.9), 2.9),
+            ("tune", (1000, 1001), 30.4, (28.4, 28.9), 2.7),
+            ("tune", (1000, 1001), 31.0, (31.2, 30.6), 2.4),
+            ("audit", (2000, 2001, 2002), 31.0, (31.5, 30.2, 30.9), 2.4),
+        )
+    )
+    sha256 = hashlib.sha256(plan_path.read_bytes()).hexdigest()
+    SearchRecord(goal="PSNR >= 30 dB", trials=trials, frontier=frontier, plan_sha256=sha256).save(
+        folder
+    )
 
 
 def write_analysis(folder, profile):
