@@ -134,7 +134,9 @@ class PieceChoices:
         return frozenset(
             name
             for name, choice in self.choices.items()
-            if not isinstance(choice, SearchChoice) and isinstance(choice.remainder, BlockMeans)
+            if not isinstance(choice, SearchChoice)
+            and isinstance(choice.remainder, BlockMeans)
+            and _leaves_out(choice)
         )
 
     def _remainders(self) -> dict[str, RemainderChoice]:
@@ -178,3 +180,8 @@ class PieceChoices:
         frames, height, width = choice.grid
         tokens = self.sites[name].tokens_q
         return tokens - frames * height * width if choice.geometry.part == "grid" else 0
+
+
+def _leaves_out(choice: Choice) -> bool:
+    """Whether some head may leave a block out."""
+    return not isinstance(choice, HeadChoice) or any(p.kind != "dense" for p in choice.patterns)

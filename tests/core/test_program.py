@@ -244,7 +244,7 @@ def test_each_site_says_which_executor_runs_it() -> None:
     decisions = [d for d in built.builder.decisions if d.rule == "attention_executor"]
     assert {d.site for d in decisions} == set(choices)
     assert {d.reason.split(":")[0] for d in decisions} <= {"cpu", "flex"}
-    assert all("no costs were measured on cpu" in d.reason for d in decisions)
+    assert all("ms forecast" in d.reason for d in decisions)
 
 
 def test_programs_are_shared_by_executor_not_by_density(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,25 @@ def test_dense_attention_needs_no_lists_where_nothing_was_measured() -> None:
     assert choice.reason == "sdpa, every head is dense: no costs were measured on other"
 
 
+def test_a_cpu_has_as_many_processors_as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "costs_of", lambda device: (cost("cpu", start=0.0, entry=1.0),))
+    one = site(1280, 0.5)
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert forecast("cpu", one, "cpu") == pytest.approx((20 + 50) / threads / 1e3)
+
+
+def test_recorded_costs_prefer_the_compiled_kernel_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "costs_of", configs.costs_of)
+    choice = choose(site(2048, 0.25, 0.25, channels=64), "cpu", {"gluon": "no", "fa4": "no"})
+    assert choice.executor == "cpu"
+    assert "flex" in choice.reason
+    mixed = choose(site(2048, 1.0, 0.25, channels=64), "cpu", {"gluon": "no", "fa4": "no"})
+    assert (mixed.executor, mixed.dense_heads) == ("cpu", ())
+
+
 def test_dense_heads_leave_where_that_is_faster() -> None:
     every = choose(site(32768, 1.0, 1.0), "chip", NOTHING)
     assert every.executor == "sdpa"

@@ -6,7 +6,8 @@ and `sdpa` or `fa4_dense` for attention whose heads are all dense. A forecast is
     max(host, start + (tile x query blocks + entry x kept blocks) / processors)   [microseconds]
 
 with coefficients measured per device, head size and block size: ``costs`` in configs.yaml, fitted
-by benchmarks/attention_costs.py. Nothing is timed while serving.
+by benchmarks/attention_costs.py and, for one thread of a CPU, attention_costs_cpu.py; a CPU has as
+many processors as PyTorch has threads. Nothing is timed while serving.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .configs import costs_of
 
@@ -70,7 +73,8 @@ def forecast(executor: str, site: Site, device: str) -> float | None:
     # Blocks of an unmeasured size cost what their area costs.
     area = site.block_q * site.block_k / (cost["block"][0] * cost["block"][1])
     work = cost["tile"] * site.rows + cost["entry"] * area * site.entries
-    return float(max(cost["host"], cost["start"] + work / cost["processors"]) / 1e3)
+    processors = torch.get_num_threads() if device == "cpu" else cost["processors"]
+    return float(max(cost["host"], cost["start"] + work / processors) / 1e3)
 
 
 def _closest(device: str, executor: str, site: Site) -> Mapping[str, Any] | None:
@@ -146,14 +150,16 @@ def _apart(site: Site, dense: Sequence[int], executor: str, device: str) -> floa
         total += part
     if len(groups) > 1:  # the parts are joined: 16-bit outputs are read and written once more
         moved = 4.0 * site.batch * len(site.densities) * site.n_q * site.channels
-        total += moved / _BYTES_PER_MS
+        total += moved / _BYTES_PER_MS.get(device, _GPU_BYTES_PER_MS)
     return total
 
 
 _PAYS = 0.97
 """Of the time of one launch: what two kinds of calls must stay below."""
-_BYTES_PER_MS = 3e9
+_GPU_BYTES_PER_MS = 3e9
 """Copies in device memory, on the slow side of the measured GPU (4.2e9): a split has to pay."""
+_BYTES_PER_MS = {"cpu": 4e6}
+"""The same elsewhere."""
 
 
 def runs(heads: int, dense: Sequence[int]) -> list[tuple[int, int]]:
