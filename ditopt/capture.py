@@ -8,7 +8,7 @@ compilation.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ditopt import graph as graphs
+from ditopt.float_inputs import float_reads, sink_float_arithmetic
 from ditopt.normalize import MutatesInput, normalize
 from ditopt.partition import PieceKind, Run, partition
 from ditopt.report import Decision
@@ -193,15 +194,19 @@ def capture(gm: fx.GraphModule, *, prefix: str = "", whole: bool = False) -> Cap
         CaptureError: the graph cannot be made functional even as one piece.
     """
     graph, inputs, constants, returned = _lift_constants(gm)
+    sink_float_arithmetic(graph)
     calls = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
+    floats = float_reads(calls)
+    calls = [n for n in calls if n not in floats]
     runs = [Run("whole", "", tuple(calls))] if whole else partition(calls)
     try:
-        captured = _assemble(gm, runs, inputs, constants, returned)
+        captured = _assemble(gm, runs, inputs, constants, returned, floats)
     except MutatesInput as error:
         if len(runs) <= 1:
             raise
         reason = f"kept whole: {error}"
-        captured = _assemble(gm, [Run("whole", "", tuple(calls))], inputs, constants, returned)
+        runs = [Run("whole", "", tuple(calls))]
+        captured = _assemble(gm, runs, inputs, constants, returned, floats)
         decision = Decision(site="model", rule="partition", applied=False, reason=reason)
         captured = replace(captured, decisions=(decision,))
     return _prefixed(captured, prefix) if prefix else captured
@@ -222,6 +227,7 @@ def _assemble(
     inputs: Sequence[fx.Node],
     constants: Sequence[torch.Tensor],
     returned: Any,
+    floats: Mapping[fx.Node, fx.Node],
 ) -> Captured:
     n_constants = len(constants)
     described = [_classify(node) for node in inputs[: len(inputs) - n_constants]]
@@ -230,6 +236,7 @@ def _assemble(
         for k, node in enumerate(inputs[len(inputs) - n_constants :])
     ]
     slot: dict[fx.Node, int] = {node: k for k, node in enumerate(inputs)}
+    slot |= {read: slot[source] for read, source in floats.items()}
     symbol_inputs = {
         next(iter(graphs.free_symbols(graphs.fake_value(node))), ""): node
         for node, item in zip(inputs, described, strict=True)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ditopt.errors import CaptureError
+from ditopt.float_inputs import floats_as_tensors
 from ditopt.graph import fake_value, placeholders
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
@@ -49,6 +50,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
             f"the piece writes in place into {', '.join(sorted(mutated.values()))}",
             remedy="nothing to do: the graph is kept whole",
         )
+    floats_as_tensors(canonical)
     for node in list(canonical.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             # What `.to()` checked while tracing: the capture's guards hold it.

@@ -133,6 +133,8 @@ def compile_graph(
         PlanError: the plan belongs to another model.
         StrictModeError: strict mode, and something had to be given up.
     """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
     from ditopt.capture import capture
     from ditopt.linker import Linker
     from ditopt.pipeline import BACKENDS
@@ -152,6 +154,8 @@ def compile_graph(
 
     try:
         captured = capture(gm, prefix=_prefix(gm, example_inputs, root))
+    except TensorifyScalarRestartAnalysis:  # Dynamo's own: it fixes a float's value and comes back
+        raise
     except Exception as error:
         # Whatever torch cannot make functional (a higher-order operator, a new construct) still
         # runs, by the backend alone and with a word about what is lost.

@@ -54,7 +54,8 @@ class Identity:
 
     Attributes:
         shapes: shape and dtype of each varying, then of each invariant tensor.
-        views: storage, address and stride of each invariant tensor; numbers by value.
+        views: storage, address and stride of each invariant tensor; numbers (tensors without axes
+            in host memory, too) by value.
         versions: in-place modification counter of each invariant tensor, or None when one of them
             is an inference tensor, which carries no counter.
         weights: addresses, then modification counters, of all weights (0.1 us each).
@@ -78,6 +79,9 @@ def identify(inputs: Sequence[Any], roles: InputRoles) -> Identity:
         value = inputs[position]
         if not isinstance(value, torch.Tensor):
             views.append(value)
+            continue
+        if _is_number(value):
+            views.append(value.item())
             continue
         shapes.append((value.shape, value.dtype))
         views.append((value.untyped_storage()._cdata, value.data_ptr(), value.stride()))
@@ -113,8 +117,13 @@ def lease(inputs: Sequence[Any], roles: InputRoles) -> tuple[StorageWeakRef, ...
     return tuple(
         StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
         for value in values
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and not _is_number(value)
     )
+
+
+def _is_number(value: torch.Tensor) -> bool:
+    """A number in host memory is known by its value: Dynamo wraps a Python float anew each call."""
+    return value.is_cpu and not value.dim()
 
 
 def on_host(timestep: Any) -> bool:
