@@ -101,16 +101,17 @@ def _vote(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     moved = votes(q, k, v, keep, order, block_q, block_k, samples, scale)
     stands = torch.arange(q.shape[2], device=q.device)
-    counts, ids = from_blocks(keep[None, None].expand(*q.shape[:2], -1, -1))
-    return torch.where(moved[..., None], order, stands), counts, ids
+    # One list for all heads: in the order that a head chose, its blocks are those of any other.
+    return torch.where(moved[..., None], order, stands), *from_blocks(keep[None, None])
 
 
 def _fake_vote(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, order: Tensor, block_q: int, block_k: int,
     samples: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    order = q.new_empty(q.shape[:3], dtype=torch.int64)
-    return order, *fake_lists(q, k, block_q, block_k)
+    chosen = q.new_empty(q.shape[:3], dtype=torch.int64)
+    counts, ids = (keep.new_empty(n, dtype=torch.int32) for n in (keep.shape[:1], keep.shape))
+    return chosen, counts[None, None], ids[None, None]
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
