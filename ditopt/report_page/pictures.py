@@ -97,7 +97,7 @@ def _sheet(frames: Frames, size: tuple[int, int]) -> bytes:
             picture = picture.resize(size, Image.Resampling.LANCZOS)
         sheet.paste(picture, (0, number * height))
     stream = io.BytesIO()
-    sheet.save(stream, format="PNG", optimize=True)
+    sheet.save(stream, format="PNG")
     return stream.getvalue()
 
 

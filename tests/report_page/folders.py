@@ -236,6 +236,8 @@ def make_plan(profile, goal_db=30.0, order=None, assumptions=("calls 0 to 3 stay
                 seeds=seeds,
                 psnr_db=values,
                 mean_psnr_db=sum(values) / len(values),
+                min_psnr_db=min(values),
+                p10_psnr_db=min(values),
                 margin_db=0.3,
                 passed=passed,
                 adopted=adopted,
@@ -246,7 +248,7 @@ def make_plan(profile, goal_db=30.0, order=None, assumptions=("calls 0 to 3 stay
     )
 
 
-def write_results(folder, seed=2000, size=(8, 48, 64)):
+def write_results(folder, seed=2000, size=(8, 48, 64), noise=0.06):
     """A dense and an optimized clip fp32 [F, 3, H, W] that differ a little."""
     count, height, width = size
     rows = torch.linspace(-1, 1, height)[:, None]
@@ -255,8 +257,8 @@ def write_results(folder, seed=2000, size=(8, 48, 64)):
         torch.broadcast_tensors(rows * columns, rows, columns * math.cos(n)) for n in range(count)
     ]
     clip = torch.stack([torch.stack(frame) for frame in channels])
-    noise = torch.rand(clip.shape, generator=torch.Generator().manual_seed(0)) * 0.06
-    for kind, result in (("dense", clip), ("optimized", (clip + noise).clamp(-1, 1))):
+    drawn = torch.rand(clip.shape, generator=torch.Generator().manual_seed(0)) * noise
+    for kind, result in (("dense", clip), ("optimized", (clip + drawn).clamp(-1, 1))):
         data = safetensors.torch.save({"result": result.contiguous()})
         (folder / f"{kind}_{seed}.safetensors").write_bytes(data)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ditopt.report_page import write_report
 
-from .folders import write_everything, write_profile
+from .folders import make_plan, write_analysis, write_everything, write_profile
 
 pytestmark = pytest.mark.browser
 
@@ -142,6 +142,20 @@ def test_no_error_and_no_request(page, chromium, pages):
     ]
     assert sent[0].startswith("file://")
     assert all(url.startswith("data:") for url in sent[1:])
+
+
+def test_names_from_files_stay_text(chromium, tmp_path):
+    evil = "</script><img src=x onerror=alert(1)>"
+    profile = write_profile(tmp_path / "prof", blocks=evil, name=evil, notes=(evil,))
+    write_analysis(tmp_path / "prof", profile)
+    make_plan(profile).save(tmp_path / "plan.yaml")
+    write_report(tmp_path / "prof", tmp_path / "evil.html", tmp_path / "plan.yaml")
+    tab = Tab(chromium, tmp_path / "evil.html")
+    tab.all(".cell")[2].click()
+    assert tab.text("#head-title") == f"{evil}.0.attn1#0 · head 2"
+    assert tab.text("#tip").startswith(f"{evil}.0.attn1#0, head 2")
+    assert tab.all("img") == []
+    assert chromium.get_log("browser") == []
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -140,6 +140,15 @@ def test_nothing_from_a_file_becomes_markup(tmp_path):
     assert json.loads(elements.data)["heads"]["sites"][0]["id"].startswith(EVIL)
 
 
+def test_a_page_of_a_large_model_stays_small(tmp_path):
+    folder = tmp_path / "prof"
+    plan = write_everything(folder, layers=60, heads=40)
+    write_results(folder, size=(8, 320, 320), noise=1.0)
+    written = write_report(folder, tmp_path / "report.html", plan)
+    assert written.sections["frames"] == written.sections["maps"] == "shown"
+    assert written.size < 5_000_000
+
+
 def test_without_a_plan_the_page_says_how_to_make_one(tmp_path):
     folder = tmp_path / "prof"
     write_profile(folder, maps=False)
