@@ -2,18 +2,22 @@
 
     python benchmarks/stored_weights.py --output benchmarks/results/stored_weights_cpu.json
 
-Weights are those of the blocks of the embedded video model. PSNR is of one clip for each seed
-against the same loop with the weights as they are; no speed is measured, as none is claimed.
+Weights are those of the blocks of the embedded video model. PSNR is of one clip for each audit seed
+against the same loop with the weights as they are. What an earlier run wrote to `--output` and
+`--work` is taken up again; `--only` measures some variants. `--latency` times one call, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":  # modules beside this one must not hide the standard library's
     sys.path.append(sys.path.pop(0))
@@ -27,10 +31,41 @@ from ditopt.metrics import psnr
 from ditopt.quantization import LinearRule
 from ditopt.quantization.layer import STORED_FORMATS
 from ditopt.quantization.plans import candidates, uniform_plan
+from ditopt.quantization.statistics import plan_tensors, watch
+from ditopt.quantization.table import linear_rows, totals
+from ditopt.timing import time_interleaved
 from ditopt.torch_backend import compiled_graphs
 from ditopt.workload import load_workload
 
+if TYPE_CHECKING:
+    from ditopt.plan import Plan
+
 MIN_ROWS = 256
+CALLS = 20
+FIRST_SEED = 5000
+
+UNIFORM: dict[str, dict[str, Any]] = {
+    "int4_group": {"format": "int4_group"},
+    "twin_log": {"format": "twin_log"},
+    "codebook": {"format": "codebook"},
+    "int2_group": {"format": "int2_group"},
+    "twin_log2": {"format": "twin_log2"},
+    "int4_group, int8_row, rotate": {
+        "format": "int4_group",
+        "activation": "int8_row",
+        "transform": "rotate",
+    },
+    "twin_log, int8_row, rotate": {
+        "format": "twin_log",
+        "activation": "int8_row",
+        "transform": "rotate",
+    },
+}
+TIMED: dict[str, dict[str, Any]] = {
+    "int8_row": {"format": "int8_row"},
+    "int4_group": UNIFORM["int4_group"],
+    "int4_group, int8_row": {"format": "int4_group", "activation": "int8_row"},
+}
 
 
 def decibels(weight: Tensor, back: Tensor) -> float:
@@ -64,47 +99,121 @@ def weights_table(weights: list[Tensor]) -> dict[str, Any]:
     }
 
 
-def clips(workload: Any, seeds: list[int]) -> dict[str, list[float]]:
-    """PSNR of each seed's clip by format."""
-    ((name, model),) = workload.models.items()
-    truth = [workload.run(seed, {name: model}) for seed in seeds]
-    found: dict[str, list[float]] = {}
-    torch.compiler.reset()
-    plain = torch.compile(model, backend="ditopt_eager")
-    workload.run(0, {name: plain})
-    graph = compiled_graphs(model)[-1]
-    sites = candidates(graph, min_rows=MIN_ROWS)
-    for form in STORED_FORMATS:
-        plan = uniform_plan(model, graph, LinearRule.model_validate({"format": form}), sites)
+class Bench:
+    """The trained model, its exact clips, and plans for it."""
+
+    def __init__(self, work: Path, seeds: int) -> None:
+        self.workload: Any = load_workload(demo_workload())
+        ((self.name, self.model),) = self.workload.models.items()
+        self.seeds = range(FIRST_SEED, FIRST_SEED + seeds)
+        self._work = work
+        work.mkdir(parents=True, exist_ok=True)
         torch.compiler.reset()
-        run = torch.compile(model, backend="ditopt_eager", options={"plan": plan})
-        results = (workload.run(seed, {name: run}) for seed in seeds)
-        pairs = zip(results, truth, strict=True)
-        found[form] = [psnr(result, exact, workload.data_range) for result, exact in pairs]
-        print(form, found[form], flush=True)
-    return found
+        args, kwargs = self.first_call()
+        torch.compile(self.model, backend="ditopt_eager")(*args, **kwargs)
+        self.graph = compiled_graphs(self.model)[-1]
+        self.sites = candidates(self.graph, min_rows=MIN_ROWS)
+
+    def first_call(self) -> tuple[Any, Any]:
+        """Arguments of the loop's first call."""
+        found: list[Any] = []
+
+        def grab(*args: Any, **kwargs: Any) -> Any:
+            found.append((args, kwargs))
+            raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            self.workload.run(0, {self.name: grab})
+        return found[0]
+
+    def truth(self, seed: int) -> Tensor:
+        """The clip of a seed, kept in the work folder."""
+        return self._kept(f"clip{seed}", lambda: self.workload.run(seed, {self.name: self.model}))
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What transforms need, from the loop of seed 0."""
+
+        def record() -> dict[str, Tensor]:
+            with watch(self.model) as seen:
+                self.workload.run(0, {self.name: self.model})
+            return plan_tensors(seen)
+
+        return self._kept("statistics", record)
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        path = self._work / f"{name}.pt"
+        if not path.exists():
+            torch.save(make(), path)
+        return torch.load(path)
+
+    def uniform(self, fields: dict[str, Any]) -> Plan:
+        """One rule at every layer of the blocks that has many rows."""
+        rule = LinearRule.model_validate(fields)
+        seen = self.statistics() if rule.transform != "none" else None
+        return uniform_plan(self.model, self.graph, rule, self.sites, calls=CALLS, statistics=seen)
+
+    def measure(self, plan: Plan, seed: int) -> tuple[float, float]:
+        """PSNR of a seed's clip, and bf16 bytes of the layers over those that they hold."""
+        torch.compiler.reset()
+        run = torch.compile(self.model, backend="ditopt_eager", options={"plan": plan})
+        clip = self.workload.run(seed, {self.name: run})
+        size = totals(linear_rows(self.model, compiled_graphs(self.model)[-1]))
+        quality = psnr(clip, self.truth(seed), self.workload.data_range)
+        # The model is float32; half of its bytes are what bf16 takes.
+        return quality, size["before"] / 2 / size["after"]
+
+    def latency(self, rounds: int) -> dict[str, float]:
+        """Median milliseconds of one call, compiled by Inductor, variants taking turns."""
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64
+        args, kwargs = self.first_call()
+        how: dict[str, dict[str, Any]] = {"ditopt": {"backend": "ditopt"}}
+        for label in TIMED:
+            plan = self.uniform(TIMED[label])
+            how[label] = {"backend": "ditopt", "options": {"plan": plan}}
+        runs = {}
+        for label, options in how.items():
+            compiled = torch.compile(self.model, **options)
+            compiled(*args, **kwargs)
+            runs[label] = lambda f=compiled: f(*args, **kwargs)
+        return {label: s.median_ms for label, s in time_interleaved(runs, rounds).items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for exact clips")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=list(UNIFORM))
+    parser.add_argument("--latency", type=int, default=0, help="rounds; 0 leaves it out")
     options = parser.parse_args()
-    workload = load_workload(demo_workload())
-    (model,) = workload.models.values()
-    layers = [m for n, m in model.named_modules() if n.startswith("blocks.")]
-    weights = [m.weight.detach().float() for m in layers if isinstance(m, nn.Linear)]
-    seeds = list(range(5000, 5000 + options.seeds))
-    with torch.no_grad():
-        result = {
-            "environment": describe_environment(next(model.parameters()).device),
-            "weights": weights_table(weights),
-            "seeds": seeds,
-            "psnr_db": clips(workload, seeds),
-        }
-    print(json.dumps(result, indent=1))
-    if options.output is not None:
+    result: dict[str, Any] = {"clips": {}}
+    if options.output.exists():
+        result |= json.loads(options.output.read_text())
+
+    def save() -> None:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    with torch.no_grad():
+        bench = Bench(options.work, options.seeds)
+        device = next(bench.model.parameters()).device
+        result |= {"environment": describe_environment(device), "seeds": list(bench.seeds)}
+        layers = [m for n, m in bench.model.named_modules() if n.startswith("blocks.")]
+        if "weights" not in result:
+            weights = [m.weight.detach().float() for m in layers if isinstance(m, nn.Linear)]
+            result["weights"] = weights_table(weights)
+            save()
+        for seed, label in itertools.product(bench.seeds, options.only):
+            row = result["clips"].setdefault(label, {"psnr_db": {}})
+            if str(seed) not in row["psnr_db"]:
+                plan = bench.uniform(UNIFORM[label])
+                row["psnr_db"][str(seed)], row["smaller"] = bench.measure(plan, seed)
+                print(label, row, flush=True)
+                save()
+        if options.latency:
+            result["call_ms"] = bench.latency(options.latency)
+            save()
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

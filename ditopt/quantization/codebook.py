@@ -2,7 +2,7 @@
 
 The codebook is the k-means solution over the rows' pieces, each row divided by its root mean square
 first, which costs 16 bits a row and spares codewords. Seeds are drawn as k-means++ does. What the
-paper's calibration adds is in `calibration`; its result travels in a plan's side file.
+paper's calibration adds is in `block_calibration`; its result travels in a plan's side file.
 """
 
 from __future__ import annotations
@@ -115,9 +115,14 @@ def _seeds(pieces: Tensor, draw: torch.Generator) -> Tensor:
     return words
 
 
+def nearest_words(pieces: Tensor, words: Tensor, count: int) -> Tensor:
+    """Indices [P, count] of the nearest words for each piece, nearest first."""
+    half = words.square().sum(1) / 2
+    chunks = torch.split(pieces, _CHUNK)
+    return torch.cat([(part @ words.T - half).topk(count).indices for part in chunks])
+
+
 def _nearest(pieces: Tensor, words: Tensor) -> Tensor:
     """Index of the nearest word for each piece."""
     half = words.square().sum(1) / 2
-    starts = range(0, len(pieces), _CHUNK)
-    parts = (pieces[start : start + _CHUNK] for start in starts)
-    return torch.cat([(part @ words.T - half).argmax(1) for part in parts])
+    return torch.cat([(part @ words.T - half).argmax(1) for part in torch.split(pieces, _CHUNK)])

@@ -39,7 +39,7 @@ class LinearRule(BaseModel):
             mixes the channels of each block by a regular Hadamard matrix; `rotate_twice` deals the
             mixed channels out to other blocks and mixes again.
         calibrated: of a codebook: codes and words come from the plan's side file, where
-            `quantization.calibration` put them, not from the weight alone.
+            `quantization.block_calibration` put them, not from the weight alone.
         simulate: allowed to compute the format's numbers in float32 where the device lacks the
             format; slower than leaving the layer alone, and reported so.
     """

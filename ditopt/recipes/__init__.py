@@ -1,14 +1,17 @@
 """Published methods as data: one YAML file per paper, run and judged like any plan."""
 
 from ditopt.recipes.attention import AttentionRecipe, attention_recipe_names, plan_of_recipe
+from ditopt.recipes.quantization import QuantizationRecipe, quantization_recipe_names
 from ditopt.recipes.recipe import Recipe, recipe_names
 from ditopt.recipes.rules import Rule
 
 __all__ = [
     "AttentionRecipe",
+    "QuantizationRecipe",
     "Recipe",
     "Rule",
     "attention_recipe_names",
     "plan_of_recipe",
+    "quantization_recipe_names",
     "recipe_names",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ditopt.recipes import AttentionRecipe, Recipe
+from ditopt.recipes import AttentionRecipe, QuantizationRecipe, Recipe
 
 if TYPE_CHECKING:
     from ditopt.recipes.file import RecipeFile
@@ -20,7 +20,8 @@ A recipe is a published method as data: its rule with the published settings, wh
 leaves out, and the values to try where a comparison gives each method its best settings.
 `plan_of_recipe(profile_folder, name)` makes the plan of an attention recipe; nothing about its
 quality is claimed before it is sampled. `Recipe.load(name).schedule(signals)` makes the calls of a
-step cache.
+step cache. `QuantizationRecipe.load(name).plan(profile, linears, tensors=...)` makes the plan of a
+quantization from the profile of the layers (docs/quantization.md).
 """
 
 
@@ -28,7 +29,13 @@ def page() -> str:
     """The text of docs/recipes.md."""
     attention = [AttentionRecipe.load(name) for name in AttentionRecipe.names()]
     caching = [Recipe.load(name) for name in Recipe.names()]
-    return f"{HEAD}\n{_section('Sparse attention', attention)}\n{_section('Step caches', caching)}"
+    layers = [QuantizationRecipe.load(name) for name in QuantizationRecipe.names()]
+    sections: dict[str, Sequence[RecipeFile[Any]]] = {
+        "Sparse attention": attention,
+        "Step caches": caching,
+        "Linear layers in fewer bits": layers,
+    }
+    return "\n".join([HEAD, *(_section(title, found) for title, found in sections.items())])
 
 
 def _section(title: str, recipes: Sequence[RecipeFile[Any]]) -> str:

@@ -53,8 +53,7 @@ def test_the_search_names_formats(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     goal = Goal(target_speedup=1.2)
     found = plan_from_profile(tmp_path, goal, path, workload=model, verify=Sampler())
-    first, last = found.phases
-    assert first.linear == {}
+    (last,) = found.phases  # formats hold at every call
     assert last.linear
     assert {rule.format for rule in last.linear.values()} == {"int8_row"}
     assert "fp8_row is not offered: the CPU has no fp8 matrix product" in found.assumptions

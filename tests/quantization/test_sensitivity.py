@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.errors import ProfileError
-from ditopt.profiling.linear_watcher import LinearWatcher
 from ditopt.profiling.linears import (
     CANDIDATES,
     LinearCost,
@@ -20,11 +20,9 @@ from ditopt.profiling.linears import (
     profile_linears,
 )
 from ditopt.profiling.schema import SeedRecord
-from ditopt.quantization import LinearRule
-from ditopt.quantization.statistics import InputStatistics, fluctuation
-from ditopt.search.assignment import frontier
+from ditopt.quantization.statistics import InputStatistics
+from ditopt.search.assignment import Limits, evaluate, solve
 from ditopt.search.linears import LinearChoices
-from ditopt.sites import LinearSite
 from ditopt.workload import Workload
 
 from .small_model import Model
@@ -131,16 +129,20 @@ def seed_record() -> SeedRecord:
 
 def test_the_search_takes_cheap_errors_first(found: tuple[LinearProfile, Path]) -> None:
     profile, folder = found
-    choices = LinearChoices(profile, load_statistics(folder))
-    sites = choices.options([seed_record()], 1)
+    choices = LinearChoices(profile, load_statistics(folder), [seed_record()], torch.float32)
+    sites = choices.sites()
     assert len(sites) == 8
-    points = frontier(sites)
-    assert points[0].options == {}
-    assert points[0].ms == pytest.approx(8.0)
-    assert points[-1].ms == pytest.approx(4.0)
-    errors = [point.error for point in points]
-    assert errors == sorted(errors)
-    rules = choices.rules(points[-1].options)
+    assert {site.first_call for site in sites} == {0}
+    free = solve(sites, "ms", Limits(error=math.inf))
+    assert free is not None
+    assert free.ms == pytest.approx(4.0)
+    half = solve(sites, "ms", Limits(error=free.error / 2))
+    assert half is not None
+    assert 4.0 < half.ms < 8.0
+    assert half.error <= free.error / 2
+    exact = solve(sites, "error", Limits(ms=4.0))
+    assert exact is not None
+    rules = choices.rules(exact.choices, sites)
     assert len(rules) == 2 * 6
     assert {rule.format for rule in rules.values()} == {"int8_row"}
     # Balance costs nothing more here, and the salient layer needs it.
@@ -155,47 +157,27 @@ def test_a_format_that_is_not_faster_is_never_offered(found: tuple[LinearProfile
     slow = [
         LinearCost(shape=c.shape, plain_ms=1.0, format_ms={"int8_row": 1.1}) for c in profile.costs
     ]
-    choices = LinearChoices(
-        profile.model_copy(update={"costs": tuple(slow)}), load_statistics(folder)
-    )
-    assert choices.options([seed_record()], 1) == []
+    changed = profile.model_copy(update={"costs": tuple(slow)})
+    choices = LinearChoices(changed, load_statistics(folder), [seed_record()], torch.int8)
+    assert choices.sites() == []
 
 
-def test_directions_and_ranges_are_recorded(found: tuple[LinearProfile, Path]) -> None:
+def test_a_format_that_is_smaller_is_offered_although_it_is_slower(
+    found: tuple[LinearProfile, Path],
+) -> None:
     profile, folder = found
-    tensors = load_statistics(folder)
-    for group in profile.groups:
-        # A small error at right angles to the output turns it by half its square.
-        pairs = zip(group.direction_error, group.error, strict=True)
-        for turns, errors in pairs:
-            assert all(0 < t < 2 * e for t, e in zip(turns, errors, strict=True) if e < 0.1)
-        amax = tensors[f"linear/range_amax/{group.members[0]}"]
-        assert amax.amax(1).tolist() == pytest.approx(group.range_amax)
-
-
-def test_a_rule_that_no_layer_can_have_is_refused(tmp_path: Path) -> None:
-    rule = LinearRule(format="int4_group")
-    model = nn.Linear(6, 6)
-    watched = LinearWatcher([(0, 1)], 1, 4, 1)
-    site = LinearSite("layer", 6, 6, 0, "linear", 0, 9)
-    watched.linear(site, "x", torch.ones(9, 6), model.weight, model.bias)
-    (group,) = watched.groups.values()
-    with pytest.raises(ProfileError, match="layer: K = 6 is no multiple of 16, as int4_group"):
-        group.measure([rule])
-
-
-def test_fluctuation_is_the_size_of_the_balanced_input() -> None:
-    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
-    x[:, 2] *= 50
-    x[:, 3] = 0
-    weight = torch.rand(5, 8, generator=torch.Generator().manual_seed(1)) + 0.5
-    seen = InputStatistics.empty(8, torch.device("cpu"))
-    seen.add(x)
-    scale = (x.abs().amax(0) / weight.amax(0)).sqrt()
-    scale[3] = 1
-    wanted = float((x / scale).square().mean().sqrt())
-    assert fluctuation(seen, weight) == pytest.approx(wanted, rel=1e-5)
-    assert fluctuation(seen, weight * 9) == pytest.approx(3 * wanted, rel=1e-5)
+    slow = [
+        LinearCost(shape=c.shape, plain_ms=1.0, format_ms={"int8_row": 1.1}) for c in profile.costs
+    ]
+    changed = profile.model_copy(update={"costs": tuple(slow)})
+    choices = LinearChoices(changed, load_statistics(folder), [seed_record()], torch.float32)
+    sites = choices.sites()
+    as_is = evaluate(sites, {})
+    assert as_is.bytes == choices.plain_bytes
+    found_ = solve(sites, "ms", Limits(bytes=as_is.bytes * 0.5))
+    assert found_ is not None
+    assert found_.bytes <= as_is.bytes * 0.5
+    assert as_is.ms < found_.ms < 1.1 * as_is.ms
 
 
 def test_a_damaged_file_is_refused(found: tuple[LinearProfile, Path], tmp_path: Path) -> None:
