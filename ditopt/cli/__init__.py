@@ -25,6 +25,7 @@ app = typer.Typer(
 _COMMANDS: tuple[Callable[..., Any], ...] = (  # as `ditopt --help` lists them
     profiles.inspect,
     profiles.profile,
+    profiles.merge,
     planning.plan,
     planning.explain,
     reports.report,

@@ -1,4 +1,4 @@
-"""`inspect` and `profile`: what is in a model, and what it does along the denoising loop."""
+"""`inspect`, `profile` and `merge`: what is in a model, what it does along the denoising loop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ditopt.cli.common import JsonPath, WorkloadSpec, show
+from ditopt.cli.sizes import parse_bytes
 from ditopt.progress import terminal_progress
 
 
@@ -30,16 +31,39 @@ def profile(
     linears: Annotated[
         bool, typer.Option("--linears", help="Number formats of linear layers, too.")
     ] = False,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-budget", metavar="SIZE", help="Beyond the model's own: 512MiB, 2GiB (1GiB)."
+        ),
+    ] = None,
+    first_seed: Annotated[
+        int, typer.Option("--first-seed", metavar="N", min=0, help="Seeds count from here.")
+    ] = 0,
+    for_device: Annotated[
+        str | None,
+        typer.Option(
+            "--for-device", metavar="NAME", help="Costs by the peak rates of another device."
+        ),
+    ] = None,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="Time attention anew, even if it was timed.")
+    ] = False,
     json_path: JsonPath = None,
 ) -> None:
     """Run the denoising loop and measure every site; an interrupted profile resumes."""
+    from ditopt.profiling import ProfileSpec
     from ditopt.profiling import profile as measure
     from ditopt.workload import load_workload
 
+    memory = {} if memory_budget is None else {"memory_bytes": parse_bytes(memory_budget, 1 << 20)}
+    spec = ProfileSpec(
+        first_seed=first_seed, for_device=for_device, measure_again=measure_again, **memory
+    )
     loaded = load_workload(workload)
     try:
         with terminal_progress() as progress:
-            result = measure(loaded, out, seeds, progress, source=loaded.origin)
+            result = measure(loaded, out, seeds, progress, spec, source=loaded.origin)
             if linears:
                 from ditopt.profiling.linears import profile_linears
 
@@ -48,3 +72,25 @@ def profile(
         typer.echo("interrupted; the same command resumes the profile", err=True)
         raise
     show(f"Profile written to {out}.", result.model_dump(mode="json"), json_path)
+
+
+def merge(
+    profiles: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Finished profiles of one workload."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
+    costs_of: Annotated[
+        Path | None,
+        typer.Option(
+            "--costs-of", metavar="DIR", help="Whose times to keep; the first by default."
+        ),
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Merge profiles of several seeds and machines into one."""
+    from ditopt.profiling import merge_profiles
+
+    result = merge_profiles(profiles, out, costs_of)
+    seeds = ", ".join(map(str, result.seeds))
+    show(f"Profile of seeds {seeds} written to {out}.", result.model_dump(mode="json"), json_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditopt.executors import preferred_executor
+from ditopt.kernels.block_sparse_attention.api import block_sparse_attention
+from ditopt.kernels.block_sparse_attention.lists import Pooled
+from ditopt.kernels.block_sparse_attention.pooling import block_means, dropped_bits, log_lengths
 from ditopt.plan import Block, Cache, Phase, Plan
+from ditopt.profiling.cost_cache import attention_table
 from ditopt.profiling.loops import only_model
 from ditopt.profiling.schema import AttentionCost, Costs, Profile, SiteShape
 from ditopt.runtime import stats
@@ -26,13 +31,24 @@ _DENSITIES = (1.0, 0.5, 0.25, 0.1)
 _ROUNDS = 7
 
 
-def measure_costs(workload: Workload, profile: Profile, progress: Progress) -> Costs:
-    """Time calls and attention; compiles the model once and the sparse executor once per shape."""
+def measure_costs(
+    workload: Workload, profile: Profile, progress: Progress, *, again: bool = False
+) -> Costs:
+    """Time calls and attention; compiles the model once and the sparse executor once per shape.
+
+    Tables of attention that this machine has measured before are taken from `cost_cache`, unless
+    `again`; whole calls are always timed.
+    """
     device = next(only_model(workload).parameters()).device
-    attention = []
+    attention, reused = [], 0
     shapes = sorted(set(profile.shapes.values()), key=lambda shape: shape.tokens)
     for number, shape in enumerate(shapes):
-        attention.append(measure_attention(shape, profile.block, device))
+        measure = partial(measure_attention, shape, profile.block, device)
+        table, known = attention_table(
+            *(shape, profile.block, profile.hardware, measure), again=again
+        )
+        attention.append(table)
+        reused += known
         progress("costs", number + 1, len(shapes) + 1)
     times = timed_loop(workload, every_second_call(profile), seed=0)
     progress("costs", len(shapes) + 1, len(shapes) + 1)
@@ -40,6 +56,7 @@ def measure_costs(workload: Workload, profile: Profile, progress: Progress) -> C
         dense_call_ms=times.full_ms,
         skip_call_ms=times.skip_ms if times.skipped else times.full_ms,
         attention=tuple(attention),
+        reused=reused,
     )
 
 
@@ -119,7 +136,10 @@ def _median_after_first(samples_ms: list[float]) -> float:
 
 
 def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> AttentionCost:
-    """Time dense attention and the executor that a plan would get on random data, interleaved."""
+    """Time dense attention and the executors that a plan would get on random data, interleaved.
+
+    Means of the dropped blocks are computed in each call, which of them a row sees beforehand.
+    """
     size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
     dtype = getattr(torch, shape.dtype)
     generator = torch.Generator().manual_seed(0)
@@ -127,6 +147,7 @@ def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> A
     sparse = preferred_executor(q, shape.tokens, block.q, block.k)
     scale = shape.head_dim**-0.5
     runs: dict[str, Callable[[], Any]] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
+    bias = log_lengths(shape.tokens, block.k, None, device)
     lists = {density: _random_lists(shape, block, density, generator) for density in _DENSITIES}
     for density, (_, counts, ids) in lists.items():
         on_device = (counts.to(device), ids.to(device))
@@ -135,6 +156,18 @@ def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> A
             return sparse(q, k, v, *on_device, block.q, block.k, scale)
 
         runs[str(density)] = run
+        bits = dropped_bits(*on_device, -(-shape.tokens // block.k), None)
+
+        def run_with_means(
+            on_device: tuple[Tensor, Tensor] = on_device, bits: Tensor = bits
+        ) -> Any:
+            k_mean, v_mean = (block_means(x, block.k) for x in (k, v))
+            pooled = Pooled(k_mean, v_mean, bias, bits)
+            return block_sparse_attention(
+                *(q, k, v, *on_device), block_q=block.q, block_k=block.k, scale=scale, pooled=pooled
+            )
+
+        runs[f"mean {density}"] = run_with_means
     with torch.no_grad():
         spreads = time_interleaved(runs, _ROUNDS)
     return AttentionCost(
@@ -142,6 +175,9 @@ def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> A
         dense_ms=spreads["dense"].median_ms,
         sparse_ms=tuple(
             (kept, spreads[str(density)].median_ms) for density, (kept, _, _) in lists.items()
+        ),
+        mean_ms=tuple(
+            (kept, spreads[f"mean {density}"].median_ms) for density, (kept, _, _) in lists.items()
         ),
     )
 

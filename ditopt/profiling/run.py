@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ditopt.profiling.loops import (
 )
 from ditopt.profiling.map_record import has_maps
 from ditopt.profiling.observer import ProfileObserver
+from ditopt.profiling.roofline import hardware_of, roofline_costs
 from ditopt.profiling.schema import PROFILE_NAME, Costs, Profile, has_seed
 from ditopt.progress import Progress, silent
 from ditopt.timing import timed
@@ -46,7 +48,12 @@ class ProfileSpec(BaseModel):
     Attributes:
         observed_calls: number of calls, spread over the loop, at which candidates are measured.
         block: block sizes; null: 64 x 64 on the CPU, 128 x 128 on an accelerator.
-        memory_bytes: memory for residuals of the block stack; larger ones are sketched.
+        memory_bytes: memory beyond the model's own, for tiles of attention and for residuals of
+            the block stack, which are sketched where they need more.
+        first_seed: seeds count from here: profiles of different seeds can be merged.
+        for_device: name of a device that is not present, for costs by `roofline`; null: costs are
+            measured here.
+        measure_again: time attention even where this machine has done so before.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +61,9 @@ class ProfileSpec(BaseModel):
     observed_calls: int = Field(5, ge=1)
     block: Block | None = None
     memory_bytes: int = Field(1 << 30, ge=1 << 20)
+    first_seed: int = Field(0, ge=0)
+    for_device: str | None = None
+    measure_again: bool = False
 
 
 def profile(
@@ -65,29 +75,33 @@ def profile(
     *,
     source: str | None = None,
     observe: Observe | None = None,
-    measure: MeasureCosts = measure_costs,
+    measure: MeasureCosts | None = None,
 ) -> Profile:
     """Measure one workload into a folder; interrupted runs resume, finished seeds are kept.
 
     Args:
         workload: a model and its denoising loop.
         out: folder for profile.json and the tensors of each seed.
-        seeds: how many; they are 0, 1, ...
+        seeds: how many; they are `spec.first_seed` and those that follow.
         progress: told what happens, first how long it will take and how much memory it needs.
         spec: how thoroughly.
         source: how `load_workload` finds the workload again, for a search in another process.
         observe: shows the canonical graph to an observer; `ditopt.observe.observe` by default.
-        measure: measures the costs once all seeds are recorded.
+        measure: measures the costs once all seeds are recorded; `measure_costs` by default.
 
     Raises:
-        ProfileError: no seed, several denoisers, a value that is not finite (names the call and the
-            site), or a folder with the profile of something else (names what differs).
+        ProfileError: no seed, several denoisers, an unknown device, a value that is not finite
+            (names the call and the site), or a folder with the profile of something else (names
+            what differs).
         FileError: the operating system refuses to write; nothing is overwritten.
     """
     if seeds < 1:
         raise ProfileError(f"seeds: expected at least 1, got {seeds}")
     spec = spec or ProfileSpec()
     model, folder = only_model(workload), Path(out)
+    here = describe_hardware(next(model.parameters()).device)
+    hardware = here if spec.for_device is None else hardware_of(spec.for_device)
+    numbers = range(spec.first_seed, spec.first_seed + seeds)
     existing = _existing(folder)
     (trace, inputs), loop_ms = timed(lambda: plain_loop(workload))
     block = spec.block or _default_block(model)
@@ -99,10 +113,11 @@ def profile(
         trace.branches,
         spec.memory_bytes,
     )
-    draft = _describe(workload, model, sampler_of(trace), observer, seeds, source)
+    facts = (workload, model, sampler_of(trace), hardware, tuple(numbers), source)
+    draft = _describe(observer, *facts)
     if existing is not None:
         _refuse_other(existing, draft)
-    _announce(progress, seeds, loop_ms, spec)
+    _announce(progress, len(observer.observed_calls) / trace.calls_per_branch, seeds, loop_ms, spec)
     finished = [
         n
         for n in (existing.finished if existing else ())
@@ -110,30 +125,39 @@ def profile(
     ]
     # Once for all seeds: Dynamo compiles a function a few times only, then runs it unobserved.
     observed = (observe or _observe)(model, observer)
-    for seed in range(seeds):
+    for done, seed in enumerate(numbers):
         if seed not in finished:
             record = observed_loop(workload, seed, trace, observer, observed)
+            if existing is not None and existing.options != observer.options:
+                raise _of_something_else("options")  # of another version of ditopt
             observer.maps().save(folder, seed)
             record.save(folder, seed)  # last: a seed with its record is finished
             finished.append(seed)
-            existing = _describe(workload, model, draft.sampler, observer, seeds, source)
+            existing = _describe(observer, *facts)
             existing = existing.model_copy(update={"finished": tuple(sorted(finished))})
             existing.save(folder)
-        progress("profile", seed + 1, seeds + 1)
+        progress("profile", done + 1, seeds + 1)
     assert existing is not None
-    update = {
+    update: dict[str, Any] = {
         "source": source,
         "seeds": draft.seeds,
-        "hardware": draft.hardware,
+        "hardware": hardware,
         "costs": existing.costs,
     }
-    if existing.costs is None or existing.hardware != draft.hardware:
-        update["costs"] = measure(workload, existing, progress)
-    done = existing.model_copy(update=update)
-    done.save(folder)
+    if existing.costs is None or existing.hardware != hardware:
+        before = _of_roofline(existing.hardware.name)
+        update["notes"] = tuple(note for note in existing.notes if note != before)
+        if spec.for_device is not None:
+            update["costs"] = roofline_costs(model, inputs, existing, spec.for_device)
+            update["notes"] += (_of_roofline(spec.for_device),)
+        else:
+            measure = measure or partial(measure_costs, again=spec.measure_again)
+            update["costs"] = measure(workload, existing, progress)
+    finished_profile = existing.model_copy(update=update)
+    finished_profile.save(folder)
     analyse_folder(folder)
     progress("profile", seeds + 1, seeds + 1)
-    return done
+    return finished_profile
 
 
 def describe_hardware(device: torch.device) -> Hardware:
@@ -170,11 +194,12 @@ def _existing(folder: Path) -> Profile | None:
 
 
 def _describe(
+    observer: ProfileObserver,
     workload: Workload,
     model: nn.Module,
     sampler: Sampler,
-    observer: ProfileObserver,
-    seeds: int,
+    hardware: Hardware,
+    seeds: tuple[int, ...],
     source: str | None,
 ) -> Profile:
     """What is known so far; sites and options are met in the first observed loop."""
@@ -186,7 +211,7 @@ def _describe(
             sites=tuple(observer.sites.values()),
         ),
         sampler=sampler,
-        hardware=describe_hardware(next(model.parameters()).device),
+        hardware=hardware,
         layout=observer.layout,
         block=observer.block,
         options=observer.options,
@@ -194,7 +219,7 @@ def _describe(
         shapes=observer.shapes,
         observed_calls=observer.observed_calls,
         data_range=workload.data_range,
-        seeds=tuple(range(seeds)),
+        seeds=seeds,
         source=source,
         weight_bytes=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
         residual_bytes=observer.residual_bytes,
@@ -222,14 +247,28 @@ def _refuse_other(existing: Profile, draft: Profile) -> None:
     }
     for field, (before, now) in pairs.items():
         if before != now:
-            raise ProfileError(
-                f"the folder holds the profile of something else: {field} differs",
-                remedy="Profile into another folder, or delete this one.",
-            )
+            raise _of_something_else(field)
 
 
-def _announce(progress: Progress, seeds: int, loop_ms: float, spec: ProfileSpec) -> None:
-    """Time from the plain loop: observing doubles it, costs take about one more and compilation."""
-    seconds = loop_ms / 1e3 * (2 * seeds + 1) + 60
+def _of_something_else(field: str) -> ProfileError:
+    return ProfileError(
+        f"the folder holds the profile of something else: {field} differs",
+        remedy="Profile into another folder, or delete this one.",
+    )
+
+
+def _of_roofline(device: str) -> str:
+    return f"costs are what the peak rates of {device} allow, not measured; measure on the device"
+
+
+def _announce(
+    progress: Progress, observed: float, seeds: int, loop_ms: float, spec: ProfileSpec
+) -> None:
+    """Time and memory, from the plain loop and the share of calls that are observed.
+
+    Measured on the embedded model: a loop under observation takes 1.2 plain ones and, where every
+    call is measured, 3.7 more; costs take about one loop, and compilation a minute.
+    """
+    seconds = loop_ms / 1e3 * (seeds * (1.2 + 3.7 * observed) + 1) + 60
     memory = spec.memory_bytes / (1 << 20)
-    progress(f"profile: about {seconds:.0f} s, up to {memory:.0f} MiB for residuals", 0, seeds + 1)
+    progress(f"profile: about {seconds:.0f} s, up to {memory:.0f} MiB of memory", 0, seeds + 1)

@@ -81,12 +81,14 @@ class Costs(_Part):
         dense_call_ms: one compiled call of the model that computes everything.
         skip_call_ms: one call that forecasts the block stack.
         attention: one table for each distinct shape of profiled sites.
+        reused: how many of those an earlier profile on this machine measured.
     """
 
     dense_call_ms: _Milliseconds
     skip_call_ms: _Milliseconds
     attention: tuple[AttentionCost, ...]
     source: Literal["measured", "roofline"] = "measured"
+    reused: int = Field(0, ge=0)
 
 
 class Profile(_Part):
@@ -201,7 +203,7 @@ class SeedRecord(BaseModel):
         for site in self.squared_error:
             tensors[f"squared_error/{site}"] = self.squared_error[site]
             tensors[f"squared_norm/{site}"] = self.squared_norm[site]
-        with files.atomic_path(_seed_path(folder, seed)) as temporary:
+        with files.atomic_path(seed_path(folder, seed)) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors))
 
     @classmethod
@@ -211,7 +213,7 @@ class SeedRecord(BaseModel):
         Raises:
             ProfileError: missing, truncated, not finite, or of other sizes than the profile says.
         """
-        path = _seed_path(folder, seed)
+        path = seed_path(folder, seed)
         try:
             tensors = safetensors.torch.load(path.read_bytes())
             record = cls(
@@ -252,7 +254,7 @@ class SeedRecord(BaseModel):
 
 def has_seed(folder: Path, seed: int) -> bool:
     """Whether a seed's file is there; it is renamed into place only when it is whole."""
-    return _seed_path(folder, seed).is_file()
+    return seed_path(folder, seed).is_file()
 
 
 def load_complete(folder: str | os.PathLike[str]) -> tuple[Profile, list[SeedRecord]]:
@@ -277,5 +279,6 @@ def load_complete(folder: str | os.PathLike[str]) -> tuple[Profile, list[SeedRec
     return profile, [SeedRecord.load(path, seed, profile) for seed in profile.seeds]
 
 
-def _seed_path(folder: Path, seed: int) -> Path:
+def seed_path(folder: Path, seed: int) -> Path:
+    """Where a seed's tensors are."""
     return folder / f"seed_{seed}.safetensors"

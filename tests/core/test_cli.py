@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 from ditopt import cli
 from ditopt.bench_result import BenchResult, Row
 from ditopt.cli.entry import find_cause, format_warning
+from ditopt.cli.sizes import parse_bytes
 from ditopt.errors import DitoptWarning, PlanError, ProfileError, VerificationError
 from ditopt.inspection import Explanation
 from ditopt.report import Decision
 
-COMMANDS = ("inspect", "profile", "plan", "explain", "bench", "demo")
+COMMANDS = ("inspect", "profile", "plan", "explain", "report", "bench", "demo")
 WORKLOAD = """
 import torch
 from ditopt import Workload
@@ -139,25 +140,64 @@ def test_inspect_prints_a_table_or_json(workload, fake):
 def test_profile_passes_its_options_on(workload, fake, tmp_path):
     seen = {}
 
-    def profile(loaded, out, seeds, progress, source):
-        seen.update(name=loaded.title, out=out, seeds=seeds)
+    def profile(loaded, out, seeds, progress, spec, source):
+        seen.update(name=loaded.title, out=out, seeds=seeds, spec=spec)
         assert source == f"{workload}:workload"
         progress("profile", 1, 2)
         return types.SimpleNamespace(model_dump=lambda mode: {"seeds": [0]})
 
-    fake("profiling", profile=profile)
+    fake("profiling", profile=profile, ProfileSpec=lambda **options: options)
     target = tmp_path / "out.json"
-    result = invoke("profile", workload, "-o", "prof", "--seeds", "3", "--json", str(target))
+    options = ("--memory-budget", "512MiB", "--first-seed", "4", "--for-device", "L40S")
+    result = invoke(
+        "profile", workload, "-o", "prof", "--seeds", "3", *options, "--json", str(target)
+    )
     assert result.output == "Profile written to prof.\n"
     assert (seen["name"], str(seen["out"]), seen["seeds"]) == ("Identity", "prof", 3)
+    assert seen["spec"] == {
+        "memory_bytes": 512 << 20,
+        "first_seed": 4,
+        "for_device": "L40S",
+        "measure_again": False,
+    }
     assert json.loads(target.read_text()) == {"seeds": [0]}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("512MiB", 512 << 20), ("2G", 2 << 30), ("1.5 GB", 1_500_000_000), ("4096", 4096)],
+)
+def test_amounts_of_memory(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("much", "expected an amount of memory, got 'much'"), ("1KiB", "expected at least 1 MiB")],
+)
+def test_a_bad_memory_budget_is_refused(workload, monkeypatch, capsys, text, message):
+    assert run_main(monkeypatch, "profile", workload, "-o", "p", "--memory-budget", text) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_merge_passes_its_folders_on(fake):
+    seen = {}
+
+    def merge(profiles, out, costs_of):
+        seen.update(profiles=[str(p) for p in profiles], out=str(out), costs=str(costs_of))
+        return types.SimpleNamespace(seeds=(0, 3), model_dump=lambda mode: {})
+
+    fake("profiling", merge_profiles=merge)
+    result = invoke("merge", "a", "b", "-o", "c", "--costs-of", "b")
+    assert result.output == "Profile of seeds 0, 3 written to c.\n"
+    assert seen == {"profiles": ["a", "b"], "out": "c", "costs": "b"}
 
 
 def test_an_interrupted_profile_says_that_it_resumes(workload, fake, monkeypatch, capsys):
     def profile(*args, **kwargs):
         raise KeyboardInterrupt
 
-    fake("profiling", profile=profile)
+    fake("profiling", profile=profile, ProfileSpec=dict)
     assert run_main(monkeypatch, "profile", workload, "-o", "prof") == 130
     assert "the same command resumes the profile" in capsys.readouterr().err
 
@@ -172,30 +212,44 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work(workload, mo
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), {"min_psnr_db": 30.0, "target_speedup": None}),
-        (("--min-psnr", "35"), {"min_psnr_db": 35.0, "target_speedup": None}),
-        (("--target-speedup", "2"), {"min_psnr_db": None, "target_speedup": 2.0}),
+        ((), {"min_psnr_db": 30.0}),
+        (("--min-psnr", "35"), {"min_psnr_db": 35.0}),
+        (("--target-speedup", "2"), {"target_speedup": 2.0}),
+        (
+            ("--min-ssim", "0.9", "--max-memory", "1.5"),
+            {"min_ssim": 0.9, "max_memory_bytes": 3 << 19},
+        ),
     ],
 )
-def test_plan_has_one_goal(options, expected, fake):
+def test_plan_has_goals(options, expected, tmp_path, monkeypatch):
+    from ditopt.search.record import SearchRecord
+
+    search = sys.modules["ditopt.search"]  # the package's attribute is the function of this name
+
     seen = {}
 
-    def search(profile_dir, goal, out, progress):
-        seen.update(goal)
-        return types.SimpleNamespace(model_dump=lambda mode: {})
+    def find_plan(profile_dir, goal, out, progress, options):
+        seen.update(goal=goal, options=options)
+        plan = types.SimpleNamespace(model_dump=lambda mode: {})
+        return search.Found(plan, SearchRecord(goal=str(goal)))
 
-    fake("search", plan_from_profile=search)
-    fake("plan", Goal=dict)
-    result = invoke("plan", "prof", "-o", "plan.yaml", *options)
-    assert "Plan written to plan.yaml." in result.output
-    assert seen == expected
+    monkeypatch.setattr(search, "find_plan", find_plan)
+    more = ("--audit-seeds", "16", "--max-programs", "2", "--techniques", "cache, linears")
+    out = str(tmp_path / "plan.yaml")
+    result = invoke("plan", "prof", "-o", out, *options, *more)
+    assert "Plan written to" in result.output
+    assert seen["goal"].model_dump(exclude_none=True) == expected
+    assert seen["options"].techniques == ("linears", "cache")
+    assert seen["options"].max_programs == 2
+    assert seen["options"].loop.audit_seeds == 16
+    shown = invoke("plan", "prof", "-o", out, "--pareto", "--json", "-")
+    assert set(json.loads(shown.output)) == {"plan", "search"}
 
 
-def test_two_goals_are_refused(fake, monkeypatch, capsys):
-    fake("search", plan_from_profile=None)
-    goals = ("--min-psnr", "30", "--target-speedup", "2")
-    assert run_main(monkeypatch, "plan", "prof", "-o", "plan.yaml", *goals) == 2
-    assert "exactly one of min_psnr_db and target_speedup" in capsys.readouterr().err
+def test_unknown_techniques_are_refused(monkeypatch, capsys, tmp_path):
+    out = str(tmp_path / "plan.yaml")
+    assert run_main(monkeypatch, "plan", "prof", "-o", out, "--techniques", "attn") == 2
+    assert "'attn' is none of attention, linears, cache" in capsys.readouterr().err
 
 
 def test_explain_prints_decisions(workload, fake):
