@@ -123,25 +123,35 @@ class Hardware(_Part):
 
 
 class Goal(_Part):
-    """What was asked for; exactly one of the two.
+    """What was asked for: everything that is stated, and at least one thing.
+
+    With a quality, the fastest plan that keeps it; else the plan of best quality within the rest.
 
     Attributes:
         min_psnr_db: mean over seeds of the PSNR against the dense result, in dB.
+        min_ssim: mean over seeds of the SSIM against the dense result.
         target_speedup: time of one dense sampling loop over the plan's.
+        max_memory_bytes: of weights and stored residuals.
     """
 
     min_psnr_db: PositiveFloat | None = None
+    min_ssim: Annotated[Float, Field(gt=0, lt=1)] | None = None
     target_speedup: Annotated[Float, Field(gt=1)] | None = None
+    max_memory_bytes: Annotated[int, Field(ge=1, le=1 << 50)] | None = None
 
     def model_post_init(self, context: object) -> None:
-        """Refuse no goal and two goals."""
-        if (self.min_psnr_db is None) == (self.target_speedup is None):
-            raise PlanError("goal: expected exactly one of min_psnr_db and target_speedup")
+        """Refuse no goal."""
+        if all(getattr(self, name) is None for name in type(self).model_fields):
+            raise PlanError(f"goal: expected at least one of {', '.join(type(self).model_fields)}")
 
     def __str__(self) -> str:
-        if self.min_psnr_db is not None:
-            return f"PSNR >= {self.min_psnr_db:g} dB"
-        return f"speedup >= {self.target_speedup:g}x"
+        parts = {
+            "PSNR >= {:g} dB": self.min_psnr_db,
+            "SSIM >= {:g}": self.min_ssim,
+            "speedup >= {:g}x": self.target_speedup,
+            "memory <= {:.4g} MiB": self.max_memory_bytes and self.max_memory_bytes / 2**20,
+        }
+        return " and ".join(text.format(value) for text, value in parts.items() if value)
 
 
 class Block(_Part):
@@ -278,12 +288,16 @@ class Predicted(_Part):
         seconds: time of the loop.
         speedup: dense time over it.
         psnr_db: PSNR against the dense result; null for a plan without any approximation.
+        ssim: SSIM likewise.
+        bytes: weights in their formats and stored residuals.
         density: kept fraction of attention blocks in the last phase, mean over heads and sites.
     """
 
     seconds: PositiveFloat
     speedup: PositiveFloat
     psnr_db: Float | None
+    ssim: Float | None = None
+    bytes: Annotated[int, Field(ge=0)] | None = None
     density: Annotated[Float, Field(ge=0, le=1)]
 
 
@@ -295,6 +309,9 @@ class Verification(_Part):
         seeds: the seeds that were sampled.
         psnr_db: PSNR against dense for each seed.
         mean_psnr_db: their mean, which a PSNR goal is about.
+        min_psnr_db: the worst seed.
+        p10_psnr_db: the tenth percentile over seeds.
+        mean_ssim: mean over seeds of the SSIM, which an SSIM goal is about.
         speedup: dense time over the plan's time; null where it was not measured.
         margin_db: how far above the goal the search aimed.
         passed: whether the goal was met.
@@ -305,6 +322,9 @@ class Verification(_Part):
     seeds: Annotated[tuple[Index, ...], Field(min_length=1)]
     psnr_db: Annotated[tuple[Float, ...], Field(min_length=1)]
     mean_psnr_db: Float
+    min_psnr_db: Float
+    p10_psnr_db: Float
+    mean_ssim: Float | None = None
     speedup: PositiveFloat | None = None
     margin_db: Float = 0.0
     passed: bool

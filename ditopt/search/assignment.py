@@ -1,32 +1,30 @@
-"""One pattern per head: a multiple-choice problem, solved exactly or along its Lagrangian frontier.
+"""One alternative per site and one option per head: a multiple-choice problem.
 
-Minimal time within an error budget, or minimal error within a time budget; both are linear in the
-choices. The frontier (one multiplier, each site on its own) is fast and optimal for the budgets
-that it hits, so the search scans it; HiGHS closes the gap at the budget that is asked for at last.
+Minimal time within bounds on error and memory, or minimal error within bounds on time and memory,
+with a bounded number of different block programs. All quantities are linear in the choices.
+`lagrangian` gives a solution at any size; `exact` (HiGHS) closes the gap where the problem is small
+enough.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
+from ditopt.search.sensitivity import families, program_count
 
 if TYPE_CHECKING:
-    from ditopt.search.problem import Floats, SiteOptions
-
-_MULTIPLIERS = 256
-_MAX_VARIABLES = 20_000
-"""Beyond, the frontier is used: its gap is at most one site's choice, negligible among so many."""
-
-_MAX_NODES = 2_000
-"""A limit on nodes and not on time, so that the same profile always gives the same plan."""
+    from ditopt.search.sensitivity import Choice, Column, Family, Site
 
 Objective = Literal["ms", "error"]
+
+MAX_VARIABLES = 20_000
+"""Beyond, the Lagrangian solution is used: its gap is at most about one head's choice."""
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -34,141 +32,94 @@ class Assignment:
     """A choice for every site.
 
     Attributes:
-        options: site id -> option of each head; sites not listed run the dense kernel.
-        ms: attention time of one call, all sites together.
-        error: sum of the heads' errors.
+        choices: by site id; sites that stay as they are are left out.
+        ms, error, bytes: of all sites together.
     """
 
-    options: dict[str, tuple[int, ...]]
+    choices: dict[str, Choice]
     ms: float
     error: float
+    bytes: int
+
+    def __getitem__(self, quantity: Objective) -> float:
+        return self.ms if quantity == "ms" else self.error
 
 
-def frontier(sites: Sequence[SiteOptions]) -> list[Assignment]:
-    """Assignments from the most exact to the fastest, each with less time than the one before.
+@dataclass(frozen=True)
+class Limits:
+    """What an assignment must stay within.
 
-    A multiplier at which several sites change is split into one step per site, the cheapest error
-    first, so that equal sites do not leave gaps.
+    Attributes:
+        ms, error, bytes: of all sites together.
+        programs: number of different block programs; None: any number.
     """
-    points = [evaluate(sites, {})]
-    for multiplier in _multipliers(sites):
-        changes = []
-        for site in sites:
-            chosen = _best(site, multiplier)
-            before = points[-1].options.get(site.id)
-            if chosen is not None and chosen != before:
-                ms, error = _difference(site, before, chosen)
-                changes.append((error / -ms if ms < 0 else math.inf, site.id, chosen, ms, error))
-        for price, site_id, chosen, ms, error in sorted(changes):
-            if price < math.inf:
-                last = points[-1]
-                options = {**last.options, site_id: chosen}
-                points.append(Assignment(options, last.ms + ms, last.error + error))
-    return points
+
+    ms: float = math.inf
+    error: float = math.inf
+    bytes: float = math.inf
+    programs: int | None = None
+
+    def allow(self, kinds: Mapping[str, Family], found: Assignment) -> bool:
+        """Whether an assignment keeps them, up to the rounding of sums."""
+        within = (
+            found.ms <= self.ms * (1 + _ROUNDING)
+            and found.error <= self.error * (1 + _ROUNDING)
+            and found.bytes <= self.bytes
+        )
+        most = self.most_programs(kinds)
+        return within and (most is None or program_count(kinds, found.choices) <= most)
+
+    def most_programs(self, kinds: Mapping[str, Family]) -> int | None:
+        """The bound, or one program for each kind of block where that is more."""
+        return None if self.programs is None else max(self.programs, len(kinds))
 
 
-def solve(sites: Sequence[SiteOptions], minimize: Objective, budget: float) -> Assignment | None:
-    """The best assignment within a budget on the other quantity, or None where there is none.
+def evaluate(sites: Sequence[Site], choices: Mapping[str, Choice]) -> Assignment:
+    """Time, error and bytes of given choices; other sites stay as they are."""
+    ms = error = 0.0
+    size = 0
+    kept = {}
+    for site in sites:
+        choice = choices.get(site.id, site.as_is)
+        more_ms, more_error, more_bytes = site.cost(choice)
+        ms, error, size = ms + more_ms, error + more_error, size + more_bytes
+        if choice[0]:
+            kept[site.id] = choice
+    return Assignment(kept, ms, error, size)
+
+
+def solve(
+    sites: Sequence[Site], minimize: Objective, limits: Limits, *, close_gap: bool = True
+) -> Assignment | None:
+    """The best assignment within limits, or None where none is found.
 
     Args:
         sites: what there is to choose.
-        minimize: `ms` (then `budget` bounds the error) or `error` (then it bounds the time in ms).
-        budget: the bound, kept to relative rounding of the solver.
+        minimize: `ms` or `error`; the other one should be limited.
+        limits: kept to the rounding of sums.
+        close_gap: whether small problems are solved exactly.
     """
-    bounded: Objective = "error" if minimize == "ms" else "ms"
-    near = [point for point in frontier(sites) if getattr(point, bounded) <= budget]
-    best = min(near, key=lambda point: float(getattr(point, minimize)), default=None)
-    if sum(site.error.size for site in sites) > _MAX_VARIABLES:
-        return best
-    exact = _solve_exactly(sites, minimize, budget)
-    if exact is None or getattr(exact, bounded) > budget:
-        return best
-    if best is not None and getattr(best, minimize) <= getattr(exact, minimize):
-        return best
-    return exact
+    from ditopt.search import exact, lagrangian
+
+    kinds = families(sites)
+    found = lagrangian.solve(sites, kinds, minimize, limits)
+    if not sites or not close_gap or exact.variables(sites, MAX_VARIABLES) > MAX_VARIABLES:
+        return found.best
+    best = exact.solve(sites, minimize, limits)
+    if best is not None and not limits.allow(kinds, best):
+        best = exact.solve_bounded(sites, kinds, minimize, limits, found.columns)
+    allowed = [p for p in (best, found.best) if p is not None and limits.allow(kinds, p)]
+    return min(allowed, key=lambda point: point[minimize], default=None)
 
 
-def evaluate(sites: Sequence[SiteOptions], options: dict[str, tuple[int, ...]]) -> Assignment:
-    """Time and error of given options."""
-    ms = error = 0.0
-    for site in sites:
-        chosen = options.get(site.id)
-        if chosen is None:
-            ms += site.dense_ms
-            continue
-        index = np.array(chosen)
-        ms += site.fixed_ms + float(site.option_ms[index].sum())
-        error += float(site.error[np.arange(len(index)), index].sum())
-    return Assignment(options, ms, error)
+@dataclass
+class Found:
+    """What the Lagrangian search found.
 
+    Attributes:
+        best: the assignment, or None.
+        columns: by family, how often alternatives of a block were the best at some multiplier.
+    """
 
-def _difference(
-    site: SiteOptions, before: tuple[int, ...] | None, after: tuple[int, ...]
-) -> tuple[float, float]:
-    """What changing one site adds to time and error."""
-    old = evaluate([site], {} if before is None else {site.id: before})
-    new = evaluate([site], {site.id: after})
-    return new.ms - old.ms, new.error - old.error
-
-
-def _multipliers(sites: Sequence[SiteOptions]) -> Floats:
-    """Prices of error in ms, from prohibitive to free."""
-    errors = np.concatenate([site.error[site.error > 0].ravel() for site in sites] or [np.ones(1)])
-    largest = max([site.dense_ms + site.fixed_ms for site in sites], default=1.0)
-    if not errors.size:
-        return np.zeros(1)
-    high = 1e3 * largest / float(errors.min())
-    low = 1e-6 * largest / float(errors.sum())
-    return np.append(np.geomspace(high, low, _MULTIPLIERS), 0.0)
-
-
-def _best(site: SiteOptions, multiplier: float) -> tuple[int, ...] | None:
-    """The options that minimise time + multiplier x error; None for the dense kernel."""
-    priced = site.option_ms + multiplier * site.error
-    chosen = priced.argmin(axis=1)
-    total = site.fixed_ms + priced[np.arange(len(chosen)), chosen].sum()
-    return tuple(int(option) for option in chosen) if total < site.dense_ms else None
-
-
-def _solve_exactly(
-    sites: Sequence[SiteOptions], minimize: Objective, budget: float
-) -> Assignment | None:
-    """HiGHS: binaries x[site, head, option] and z[site] (not dense), sum over options x = z."""
-    if not sites:
-        return Assignment({}, 0.0, 0.0)
-    heads = [(s, h) for s, site in enumerate(sites) for h in range(site.error.shape[0])]
-    sizes = np.array([sites[s].error.shape[1] for s, _ in heads])
-    starts = np.cumsum(sizes) - sizes
-    count = int(sizes.sum())
-    ms = np.concatenate(
-        [sites[s].option_ms for s, _ in heads] + [[s.fixed_ms - s.dense_ms for s in sites]]
-    )
-    error = np.concatenate([sites[s].error[h] for s, h in heads] + [np.zeros(len(sites))])
-    dense_ms = sum(site.dense_ms for site in sites)
-    goal, bounded, limit = (
-        (ms, error, budget) if minimize == "ms" else (error, ms, budget - dense_ms)
-    )
-    rows = np.repeat(np.arange(len(heads)), sizes)
-    choice = sparse.csr_array((np.ones(count), (rows, np.arange(count))), (len(heads), len(ms)))
-    switch_columns = count + np.array([s for s, _ in heads])
-    switch = sparse.csr_array(
-        (np.ones(len(heads)), (np.arange(len(heads)), switch_columns)), (len(heads), len(ms))
-    )
-    scale, goal_scale = (float(np.abs(x).max()) or 1.0 for x in (bounded, goal))
-    result = milp(
-        goal / goal_scale,
-        integrality=np.ones(len(ms), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(choice - switch, 0, 0),
-            LinearConstraint(bounded[None, :] / scale, -np.inf, limit / scale),
-        ],
-        options={"node_limit": _MAX_NODES, "mip_rel_gap": 0.0},
-    )
-    if result.x is None:
-        return None
-    picked: dict[int, list[int]] = {}
-    for (s, _), start, size in zip(heads, starts, sizes, strict=True):
-        if result.x[count + s] > 0.5:
-            picked.setdefault(s, []).append(int(result.x[start : start + size].argmax()))
-    return evaluate(sites, {sites[s].id: tuple(options) for s, options in picked.items()})
+    best: Assignment | None = None
+    columns: dict[str, Counter[Column]] = field(default_factory=dict)

@@ -1,29 +1,39 @@
-"""Joint choices of cache schedule and attention patterns: predicted time, error and quality."""
+"""Joint choices of cache schedule, attention, formats: predicted time, error, memory, quality."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from ditopt.caching import CacheSchedule, draw_calls, fitted, forced_calls, neighbours
-from ditopt.patterns import HeadPattern, density
-from ditopt.plan import Goal, Phase, Plan, Predicted
-from ditopt.search.assignment import Assignment, evaluate, frontier, solve
-from ditopt.search.exchange import cache_section
-from ditopt.search.problem import plain_options, site_options
+from ditopt.caching import CacheSchedule, draw_calls, fitted, neighbours, search_schedules
+from ditopt.errors import ProfileError
+from ditopt.search.assignment import Assignment, Limits, Objective, evaluate, solve
+from ditopt.search.attention import AttentionChoices
+from ditopt.search.calibration import Energies
+from ditopt.search.lagrangian import relaxed
+from ditopt.search.sensitivity import TECHNIQUES, Alternative, Site, Technique, untouched
+from ditopt.search.trajectory import cache_energy, call_worth
 
 if TYPE_CHECKING:
+    from ditopt.plan import Plan
     from ditopt.profiling.schema import Profile, SeedRecord
-    from ditopt.quantization import LinearRule
     from ditopt.search.calibration import ErrorModel
     from ditopt.search.linears import LinearChoices
+    from ditopt.search.sensitivity import Floats
 
-_DENSE_SHARE = 0.2
-"""Share of the calls, at the start, that keep dense attention: the scene is laid out there."""
+_DENSE_SHARES = (0.2, 0.1, 0.3)
+"""Shares of the calls, at the start, that may keep dense attention: the scene is laid out there.
+The first is what is taken where the profile says nothing about early calls."""
+
+_FINALISTS = 2
+"""Combinations of schedule, start and order for which the assignment is solved in full."""
+
+_PRICES = 96
 
 
 @dataclass(frozen=True)
@@ -32,60 +42,79 @@ class Candidate:
 
     Attributes:
         schedule: which calls are full, and the forecasts of the others.
-        assignment: attention patterns of full calls after the dense ones.
-        attention_error: energy that attention adds, in units of the sampled tensor squared.
-        cache_error: the same of the forecasts.
+        start: first call with sparse attention.
+        order: number of the profile's token order.
+        assignment: what sites choose; its times are of one loop, its errors with gains.
+        energies: that each technique adds.
         seconds: predicted time of one loop.
+        bytes: weights and stored residuals.
     """
 
     schedule: CacheSchedule
+    start: int
+    order: int
     assignment: Assignment
-    attention_error: float
-    cache_error: float
+    energies: Energies
     seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A cache schedule, a dense start and an order: what is fixed before sites choose."""
+
+    schedule: int
+    start: int
+    order: int
 
 
 class Predictor:
-    """Everything that the search knows before it samples."""
+    """Everything that the search knows before it samples.
+
+    Args:
+        profile: finished.
+        records: its tensors.
+        linears: choices at the linear layers, where they were profiled.
+        techniques: those that may be used; the others leave the model as it is.
+        max_programs: bound on the number of different block programs.
+    """
 
     def __init__(
         self,
         profile: Profile,
         records: Sequence[SeedRecord],
         linears: LinearChoices | None = None,
+        techniques: Collection[Technique] = TECHNIQUES,
+        max_programs: int | None = 4,
     ) -> None:
         assert profile.costs is not None
-        self._linears = linears
-        self._profile = profile
-        self._costs = profile.costs
-        self._branches = profile.sampler.branches
+        self.profile, self._records, self._costs = profile, records, profile.costs
+        self.linears = linears
+        self.attention = AttentionChoices(profile, records)
+        self._techniques, self._max_programs = frozenset(techniques), max_programs
         self._calls = profile.sampler.calls
-        self.dense_calls = min(self._calls, math.ceil(_DENSE_SHARE * self._calls))
-        self._sites = site_options(profile, records, self.dense_calls)
-        if linears is not None:
-            self._sites += linears.options(records, self.dense_calls)
-        self._dense_attention_ms = sum(site.dense_ms for site in self._sites)
-        self._frontier = frontier(self._sites)
+        self._linear_sites = linears.sites() if linears and "linears" in techniques else []
+        self._attention_sites: dict[tuple[int, int], list[Site]] = {}
         gram = torch.stack([record.gram for record in records]).sum(0)
-        hidden = torch.stack([record.hidden_energy for record in records]).sum(0)
-        steps = torch.stack([record.step_energy for record in records]).mean(0)
-        residual = gram.diagonal()
-        # A forecast that errs by the whole hidden state spoils the whole step.
-        self._cache_scale = float((steps / hidden.clamp(min=1e-30)) @ residual)
-        self._gram, self._choices = gram, draw_calls(gram, steps=steps.tolist())
-        fewest = len(forced_calls(self._calls))
-        self._schedules = [
-            fitted(gram, self._choices[k][0]) for k in range(fewest, self._calls + 1)
-        ]
-        if self._cache_scale <= 0:
+        worth = np.mean([call_worth(record) for record in records], axis=0)
+        self._gram, self._drawn = gram, draw_calls(gram, steps=worth.tolist())
+        self._schedules: list[CacheSchedule] = []
+        if "cache" in techniques and float(gram.diagonal().sum()) > 0:
             # Without residuals (no block stack was found) there is nothing to forecast from.
-            self._schedules = self._schedules[-1:]
+            self._schedules = search_schedules(gram, weights=worth.tolist())
+        self._stack = self._cache_site()
+        self._relaxed: dict[object, tuple[Floats, Floats]] = {}
 
     def schedules(self, full_calls: int) -> Iterator[CacheSchedule]:
-        """Schedules with so many full calls: what other rules choose, then neighbours of theirs."""
-        drawn = [fitted(self._gram, full) for full in self._choices[full_calls]]
+        """Schedules with so many full calls: what rules choose, then neighbours of theirs."""
+        first = [s for s in self._schedules if len(s.full) == full_calls]
+        known = {schedule.full for schedule in first}
+        drawn = [
+            *first,
+            *(fitted(self._gram, f) for f in self._drawn[full_calls] if f not in known),
+        ]
         yield from drawn
-        known = {schedule.full for schedule in drawn}
+        known |= {schedule.full for schedule in drawn}
         for schedule in drawn:
             for full in neighbours(self._gram, schedule):
                 if full not in known:
@@ -96,130 +125,212 @@ class Predictor:
         """From now on this is the schedule with so many full calls."""
         count = len(schedule.full)
         self._schedules = [schedule if len(s.full) == count else s for s in self._schedules]
+        self._stack = self._cache_site()
+
+    @property
+    def starts(self) -> list[int]:
+        """Calls from which on attention may be sparse: only such as the profile knows about."""
+        usual = [min(self._calls, math.ceil(share * self._calls)) for share in _DENSE_SHARES]
+        seen = [call for call in self.profile.observed_calls if 0 < call < usual[0]]
+        allowed = {usual[0], *(s for s in usual[1:] if s > usual[0] or seen)}
+        return sorted(start for start in allowed if start < self._calls) or [self._calls]
 
     @property
     def dense_seconds(self) -> float:
         """Time of one dense loop."""
-        return self._calls * self._branches * self._costs.dense_call_ms / 1e3
+        return self._calls * self.profile.sampler.branches * self._costs.dense_call_ms / 1e3
 
     @property
-    def dense(self) -> Candidate:
-        """Nothing skipped, nothing sparse."""
-        return self._candidate(self._schedules[-1], evaluate(self._sites, {}))
-
-    def fastest(self, model: ErrorModel, min_psnr_db: float) -> Candidate | None:
-        """The fastest candidate whose predicted PSNR is at least `min_psnr_db`, or None."""
-        best: Candidate | None = None
-        for schedule in self._schedules:
-            budget = model.attention_budget(min_psnr_db, self._cache_error(schedule))
-            allowed = [point for point in self._frontier if point.error <= budget]
-            if allowed:
-                fastest = min(allowed, key=lambda point: point.ms)
-                best = _faster(best, self._candidate(schedule, fastest))
-        if best is None:
-            return None
-        budget = model.attention_budget(min_psnr_db, best.cache_error)
-        exact = solve(self._sites, "ms", budget)
-        return best if exact is None else _faster(best, self._candidate(best.schedule, exact))
-
-    def most_exact(self, model: ErrorModel, max_seconds: float) -> Candidate | None:
-        """The candidate of highest predicted PSNR that takes at most `max_seconds`, or None."""
-        best: Candidate | None = None
-        for schedule in self._schedules:
-            allowed_ms = self._attention_budget_ms(schedule, max_seconds)
-            for point in self._frontier:  # from the most exact on
-                if point.ms <= allowed_ms:
-                    best = _better(model, best, self._candidate(schedule, point))
-                    break
-        if best is None:
-            return None
-        allowed_ms = self._attention_budget_ms(best.schedule, max_seconds)
-        exact = solve(self._sites, "error", allowed_ms)
-        return (
-            best if exact is None else _better(model, best, self._candidate(best.schedule, exact))
+    def least_bytes(self) -> int:
+        """Weights in their smallest formats."""
+        saved = sum(
+            site.alternatives[0].bytes - min(a.bytes for a in site.alternatives)
+            for site in self._linear_sites
         )
+        return self.dense_bytes - saved
 
-    def plan(self, candidate: Candidate, model: ErrorModel, goal: Goal) -> Plan:
-        """The candidate as a plan, not verified yet."""
-        profile, schedule = self._profile, candidate.schedule
-        offered = plain_options(profile)
-        rules = {
-            site: tuple(offered[option].pattern for option in options)
-            for site, options in candidate.assignment.options.items()
-            if site in profile.shapes
-        }
-        linear: dict[str, LinearRule] = {}
-        model_record = profile.model
-        if self._linears is not None:
-            linear = self._linears.rules(candidate.assignment.options)
-            records = self._linears.profile.records
-            model_record = profile.model.model_copy(update={"linears": records})
-        ranges = [(0, self.dense_calls), (self.dense_calls, self._calls)]
-        phases = [Phase(calls=ranges[0]), Phase(calls=ranges[1], attention=rules, linear=linear)]
-        psnr_db = model.psnr_db(candidate.attention_error, candidate.cache_error)
-        plan = Plan(
-            model=model_record,
-            sampler=profile.sampler,
-            hardware=profile.hardware,
-            goal=goal,
-            layout=profile.layout,
-            block=profile.block,
-            phases=tuple(phases) if rules or linear else (Phase(calls=(0, self._calls)),),
-            cache=cache_section(schedule),
-            predicted=Predicted(
-                seconds=candidate.seconds,
-                speedup=self.dense_seconds / candidate.seconds,
-                psnr_db=None if math.isinf(psnr_db) else psnr_db,
-                density=self._mean_density(rules),
-            ),
-        )
-        tensors = self._linears.tensors(linear) if self._linears is not None else {}
-        return plan.with_tensors(tensors) if tensors else plan
+    @property
+    def dense_bytes(self) -> int:
+        """Weights of the model as it is."""
+        known = self.linears.plain_bytes if self.linears is not None else 0
+        return max(known, self.profile.weight_bytes)
 
-    def _candidate(self, schedule: CacheSchedule, assignment: Assignment) -> Candidate:
+    def fastest(
+        self,
+        model: ErrorModel,
+        min_psnr_db: float,
+        max_bytes: float = math.inf,
+        *,
+        roughly: bool = False,
+    ) -> Candidate | None:
+        """The fastest candidate whose predicted PSNR is at least `min_psnr_db`, or None.
+
+        `roughly`: the most promising frame only, and without closing the gap of its assignment.
+        """
+        error = model.budget(min_psnr_db)
+        ranked = self._scan(model, error=error, max_bytes=max_bytes)
+        limits = Limits(error=error, bytes=max_bytes, programs=self._max_programs)
+        found = [
+            self._solved(frame, model, limits, close_gap=not roughly)
+            for frame in (ranked[:1] if roughly else ranked)
+        ]
+        return min((c for c in found if c), key=lambda c: c.seconds, default=None)
+
+    def most_exact(
+        self, model: ErrorModel, max_seconds: float, max_bytes: float = math.inf
+    ) -> Candidate | None:
+        """The candidate of highest predicted PSNR within a time and a memory, or None."""
+        ranked = self._scan(model, seconds=max_seconds, max_bytes=max_bytes)
+        limits = Limits(max_seconds * 1e3, math.inf, max_bytes, self._max_programs)
+        found = [self._solved(frame, model, limits) for frame in ranked]
+        return max((c for c in found if c), key=lambda c: model.psnr_db(c.energies), default=None)
+
+    def energies(self, plan: Plan) -> Energies:
+        """What a plan puts wrong into the trajectory, by the profile.
+
+        Raises:
+            ProfileError: the plan chooses what the profile has not measured.
+        """
+        if any(phase.selectors for phase in plan.phases):
+            raise ProfileError("selectors choose blocks from the data: no error was measured")
+        cache = 0.0
+        if plan.cache is not None:
+            schedule = CacheSchedule(self._calls, plan.cache.full, plan.cache.coefficients)
+            cache = self._cache_energy(schedule)
+        linears = self.linears.energy(plan) if self.linears is not None else 0.0
+        return Energies(self.attention.energy(plan), linears, cache)
+
+    def sites(self, start: int, order: int) -> list[Site]:
+        """What sites may choose; times are of one call, errors without gains."""
+        if (start, order) not in self._attention_sites:
+            wanted = "attention" in self._techniques
+            made = self.attention.sites(order, start) if wanted else []
+            self._attention_sites[start, order] = made
+        return [*self._attention_sites[start, order], *self._linear_sites]
+
+    def _cache_site(self) -> Site:
+        """The block stack: one alternative for each schedule, the time of all its calls."""
         full_ms, skip_ms = self._costs.dense_call_ms, self._costs.skip_call_ms
-        skipped = self._calls - len(schedule.full)
-        saved_ms = self._dense_attention_ms - assignment.ms
-        ms = len(schedule.full) * full_ms + skipped * skip_ms - self._sparse(schedule) * saved_ms
-        return Candidate(
-            schedule=schedule,
-            assignment=assignment,
-            attention_error=assignment.error,
-            cache_error=self._cache_error(schedule),
-            seconds=ms * self._branches / 1e3,
+        alternatives = [untouched(1, self._calls * full_ms)]
+        for schedule in self._schedules:
+            if schedule.rows:
+                full, rows = len(schedule.full), schedule.rows.values()
+                alternatives.append(
+                    Alternative(
+                        name=f"{full} full calls",
+                        fixed_ms=full * full_ms + (self._calls - full) * skip_ms,
+                        bytes=max(map(len, rows)) * self.profile.residual_bytes,
+                        option_ms=np.zeros(1),
+                        error=np.array([[self._cache_energy(schedule)]]),
+                        options=(full,),
+                    )
+                )
+        return Site("block stack", "cache", 0, tuple(alternatives))
+
+    def _cache_energy(self, schedule: CacheSchedule) -> float:
+        return float(np.mean([cache_energy(record, schedule) for record in self._records]))
+
+    def _schedule(self, number: int) -> CacheSchedule:
+        """Of an alternative of the stack; number 0 skips nothing."""
+        if number == 0:
+            return CacheSchedule(self._calls, tuple(range(self._calls)), {}, 0.0)
+        return next(
+            s for s in self._schedules if len(s.full) == self._stack.alternatives[number].options[0]
         )
 
-    def _attention_budget_ms(self, schedule: CacheSchedule, max_seconds: float) -> float:
-        """Attention time that one sparse call may take."""
-        dense = self._candidate(schedule, evaluate(self._sites, {}))
-        saving_ms = (dense.seconds - max_seconds) * 1e3 / self._branches
-        return self._dense_attention_ms - saving_ms / max(1, self._sparse(schedule))
+    def _full(self, frame: _Frame) -> dict[Technique, int]:
+        """For each technique, full calls in which its choice runs."""
+        full = self._schedule(frame.schedule).full
+        return {"attention": sum(call >= frame.start for call in full), "linears": len(full)}
 
-    def _sparse(self, schedule: CacheSchedule) -> int:
-        """Full calls after the dense ones."""
-        return sum(call >= self.dense_calls for call in schedule.full)
+    def _scan(
+        self,
+        model: ErrorModel,
+        *,
+        error: float = math.inf,
+        seconds: float = math.inf,
+        max_bytes: float = math.inf,
+    ) -> list[_Frame]:
+        """The most promising frames, by the bound that free choices at one price give."""
+        orders = self.attention.orders if "attention" in self._techniques else [0]
+        prices = np.append(np.inf, np.geomspace(1e12, 1e-6, _PRICES))
+        ranked = []
+        for number, stack in enumerate(self._stack.alternatives):
+            for start in self.starts:
+                for order in orders:
+                    frame = _Frame(number, start, order)
+                    ms, energy = self._bound(frame, model, prices)
+                    ms = ms + stack.fixed_ms + self._permute_ms(frame)
+                    energy = energy + model.gains.cache * float(stack.error.sum())
+                    ms = ms * self.profile.sampler.branches
+                    goal, limited, limit = (
+                        (ms, energy, error) if math.isfinite(error) else (energy, ms, seconds * 1e3)
+                    )
+                    inside = limited <= limit * (1 + 1e-9)
+                    if inside.any() and stack.bytes <= max_bytes:
+                        ranked.append((float(goal[inside].min()), number, start, order))
+        ranked.sort()
+        return [_Frame(*frame) for _, *frame in ranked[:_FINALISTS]]
 
-    def _cache_error(self, schedule: CacheSchedule) -> float:
-        return (schedule.error or 0.0) * self._cache_scale
+    def _bound(self, frame: _Frame, model: ErrorModel, prices: Floats) -> tuple[Floats, Floats]:
+        """Milliseconds added to a loop and gained energy [L] when all sites choose at one price."""
+        sites = self.sites(frame.start, frame.order)
+        ms, energy = np.zeros(len(prices)), np.zeros(len(prices))
+        for technique, calls in self._full(frame).items():
+            mine = [site for site in sites if site.technique == technique]
+            if not mine or not calls:
+                continue
+            gain = getattr(model.gains, technique)
+            key = (technique, frame.start, frame.order) if technique == "attention" else technique
+            if key not in self._relaxed:
+                self._relaxed[key] = relaxed(mine, prices[1:])
+            # A price of gained energy in ms of a loop is one of plain energy in ms of a call.
+            here = np.searchsorted(-prices[1:], -prices * gain / calls).clip(max=len(prices) - 2)
+            as_is = sum(site.alternatives[0].fixed_ms for site in mine)
+            relaxed_ms, relaxed_energy = (part[here] for part in self._relaxed[key])
+            ms += np.where(np.isinf(prices), 0.0, calls * (relaxed_ms - as_is))
+            energy += np.where(np.isinf(prices), 0.0, gain * relaxed_energy)
+        return ms, energy
 
-    def _mean_density(self, rules: dict[str, tuple[HeadPattern, ...]]) -> float:
-        profile, kept = self._profile, []
-        for site, shape in profile.shapes.items():
-            sizes = (shape.tokens, shape.tokens, profile.block.q, profile.block.k)
-            patterns = rules.get(site)
-            if patterns is None:
-                kept += [1.0] * shape.heads
-            else:
-                kept += [density(pattern, profile.layout, *sizes) for pattern in patterns]
-        return sum(kept) / len(kept) if kept else 1.0
+    def _permute_ms(self, frame: _Frame) -> float:
+        return 0.0
 
+    def _solved(
+        self, frame: _Frame, model: ErrorModel, limits: Limits, *, close_gap: bool = True
+    ) -> Candidate | None:
+        """The best assignment of sites within one frame; `limits` are those of a whole loop."""
+        stack = self._stack.alternatives[frame.schedule]
+        full = self._full(frame)
+        scaled = [
+            site.scaled(full[site.technique], getattr(model.gains, site.technique))
+            for site in self.sites(frame.start, frame.order)
+            if full[site.technique]
+        ]
+        as_is = evaluate(scaled, {})
+        rest = Limits(
+            ms=limits.ms / self.profile.sampler.branches - stack.fixed_ms + as_is.ms,
+            error=limits.error - model.gains.cache * float(stack.error.sum()),
+            bytes=limits.bytes - stack.bytes - self.dense_bytes + as_is.bytes,
+            programs=limits.programs,
+        )
+        if min(rest.ms, rest.error, rest.bytes) < 0:
+            return None
+        minimize: Objective = "ms" if math.isfinite(limits.error) else "error"
+        found = solve(scaled, minimize, rest, close_gap=close_gap)
+        return None if found is None else self._candidate(frame, found, as_is)
 
-def _faster(best: Candidate | None, other: Candidate) -> Candidate:
-    return other if best is None or other.seconds < best.seconds else best
-
-
-def _better(model: ErrorModel, best: Candidate | None, other: Candidate) -> Candidate:
-    if best is None:
-        return other
-    before, after = (model.psnr_db(c.attention_error, c.cache_error) for c in (best, other))
-    return other if after > before else best
+    def _candidate(self, frame: _Frame, found: Assignment, as_is: Assignment) -> Candidate:
+        stack = self._stack.alternatives[frame.schedule]
+        raw = dict.fromkeys(("attention", "linears"), 0.0)
+        for site in self.sites(frame.start, frame.order):
+            raw[site.technique] += site.cost(found.choices.get(site.id, site.as_is))[1]
+        ms = stack.fixed_ms + found.ms - as_is.ms
+        return Candidate(
+            schedule=self._schedule(frame.schedule),
+            start=frame.start,
+            order=frame.order,
+            assignment=found,
+            energies=Energies(raw["attention"], raw["linears"], float(stack.error.sum())),
+            seconds=ms * self.profile.sampler.branches / 1e3,
+            bytes=self.dense_bytes + found.bytes - as_is.bytes + stack.bytes,
+        )

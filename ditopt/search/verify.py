@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 from ditopt import files, fingerprint
 from ditopt.errors import ProfileError
-from ditopt.metrics import psnr
+from ditopt.metrics import compare, psnr
 from ditopt.plan import Plan
 from ditopt.profiling.cost import every_second_call, timed_loops
 from ditopt.profiling.loops import only_model
@@ -37,10 +38,18 @@ class Measured:
     Attributes:
         psnr_db: against the dense result, to 0.01 dB, at most `EXACT_DB`.
         seconds: time of the loop without compilation.
+        ssim: against the dense result, to 1e-5; NaN where it is not known.
+        result: what the loop returned, on the CPU; None where it is not at hand.
     """
 
     psnr_db: float
     seconds: float
+    ssim: float = math.nan
+    result: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def without_result(self) -> Measured:
+        """The numbers alone."""
+        return replace(self, result=None)
 
 
 Verify = Callable[[Plan, Sequence[int]], list[Measured]]
@@ -56,13 +65,13 @@ class SamplingVerifier:
 
     def __init__(self, workload: Workload, profile: Profile, folder: Path) -> None:
         model = only_model(workload)
-        for field, recorded, now in (
+        for name, recorded, now in (
             ("architecture", profile.model.architecture, fingerprint.architecture(model)),
             ("weights", profile.model.weights, fingerprint.weights(model)),
         ):
             if recorded != now:
                 raise ProfileError(
-                    f"the profile is of another model than the workload's: model.{field} differs",
+                    f"the profile is of another model than the workload's: model.{name} differs",
                     remedy="Profile this workload into a new folder.",
                 )
         self._workload, self._profile, self._folder = workload, profile, folder
@@ -73,14 +82,18 @@ class SamplingVerifier:
         references = [self._dense(seed) for seed in seeds]
         loops = timed_loops(self._workload, plan, list(seeds))
         return [
-            Measured(
-                psnr_db=min(
-                    EXACT_DB, round(psnr(loop.result.cpu(), dense, self._profile.data_range), 2)
-                ),
-                seconds=loop.seconds,
-            )
+            self._measured(loop.result.cpu(), dense, loop.seconds)
             for loop, dense in zip(loops, references, strict=True)
         ]
+
+    def _measured(self, result: Tensor, dense: Tensor, seconds: float) -> Measured:
+        quality = compare(result, dense, self._profile.data_range)
+        return Measured(
+            psnr_db=min(EXACT_DB, round(quality.psnr_db, 2)),
+            seconds=seconds,
+            ssim=round(quality.ssim, 5),
+            result=result,
+        )
 
     def schedule_psnr_db(self, schedule: CacheSchedule, seed: int) -> float:
         """One sample with this cache schedule and dense attention; all share one compilation."""
@@ -109,3 +122,12 @@ class SamplingVerifier:
         with files.atomic_path(path) as temporary:
             temporary.write_bytes(safetensors.torch.save({"result": result}))
         return result
+
+
+def save_results(folder: Path, results: Mapping[int, Tensor]) -> None:
+    """Write `optimized_<seed>.safetensors` of the adopted plan; those of an earlier one go."""
+    for stale in folder.glob("optimized_*.safetensors"):
+        stale.unlink()
+    for seed, result in results.items():
+        with files.atomic_path(folder / f"optimized_{seed}.safetensors") as temporary:
+            temporary.write_bytes(safetensors.torch.save({"result": result.contiguous()}))

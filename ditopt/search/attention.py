@@ -1,0 +1,188 @@
+"""Attention in the search: executors as alternatives of a site, patterns as options of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.optimize import nnls
+
+from ditopt.errors import ProfileError
+from ditopt.search.sensitivity import Alternative, Site, untouched
+from ditopt.search.trajectory import between_observed, call_weights
+
+if TYPE_CHECKING:
+    from ditopt.patterns import HeadPattern
+    from ditopt.plan import Plan
+    from ditopt.profiling.schema import (
+        AttentionCost,
+        AttentionOption,
+        Profile,
+        SeedRecord,
+        SiteShape,
+    )
+    from ditopt.search.sensitivity import Choice, Floats
+
+_REMAINDERS = ("drop", "mean")
+
+
+class AttentionChoices:
+    """What can be chosen at the profiled attention sites, and what a choice says in a plan.
+
+    A site is dense as a whole, or one call of the block-sparse executor computes all its heads,
+    each with one of the profile's options; dropped blocks add nothing (`drop`) or their mean
+    (`mean`). Options belong to one token order, and a plan has one order.
+
+    The error of a head is its squared error relative to the squared norm of its *site*, weighted
+    as `trajectory` says, mean over seeds, over the number of sites.
+    """
+
+    def __init__(self, profile: Profile, records: Sequence[SeedRecord]) -> None:
+        self._profile, self._records = profile, records
+        self._between = between_observed(profile)
+        self._costs = (
+            {cost.shape: cost for cost in profile.costs.attention} if profile.costs else {}
+        )
+        self._relative = {
+            site: [relative_error(record, site) for record in records] for site in profile.shapes
+        }
+        for site, shape in profile.shapes.items():
+            if shape not in self._costs:
+                raise ProfileError(
+                    f"profile.json: costs.attention: no cost for the shape of site {site!r}",
+                    remedy="Profile into a new folder.",
+                )
+
+    @property
+    def orders(self) -> list[int]:
+        """Token orders that some option is in."""
+        return sorted({0, *(option.order for option in self._profile.options)})
+
+    def sites(self, order: int, first_call: int) -> list[Site]:
+        """The profiled sites, with errors over the calls from `first_call` on."""
+        weights = [call_weights(record, first_call) @ self._between for record in self._records]
+        found = []
+        for site, shape in self._profile.shapes.items():
+            error = self._mean_error(site, weights)
+            cost = self._costs[shape]
+            alternatives = [untouched(shape.heads, cost.dense_ms, name="dense")]
+            for remainder in _REMAINDERS:
+                made = self._alternative(remainder, order, shape, cost, error)
+                if made is not None:
+                    alternatives.append(made)
+            found.append(Site(site, "attention", first_call, tuple(alternatives)))
+        return found
+
+    def rules(
+        self, choices: Mapping[str, Choice], sites: Sequence[Site]
+    ) -> tuple[dict[str, tuple[HeadPattern, ...]], list[str]]:
+        """Patterns by site for what was chosen, and the sites whose dropped blocks leave a mean."""
+        rules, means = {}, []
+        for site in sites:
+            if site.id not in self._profile.shapes or site.id not in choices:
+                continue
+            number, picked = choices[site.id]
+            alternative = site.alternatives[number]
+            rules[site.id] = tuple(
+                self._profile.options[alternative.options[k]].pattern for k in picked
+            )
+            if alternative.name == "mean":
+                means.append(site.id)
+        return rules, means
+
+    def density(self, choices: Mapping[str, Choice], sites: Sequence[Site]) -> float:
+        """Kept fraction of blocks, mean over the heads of all profiled sites."""
+        by_id = {site.id: site for site in sites}
+        kept: list[float] = []
+        for site, shape in self._profile.shapes.items():
+            if site not in choices:
+                kept += [1.0] * shape.heads
+                continue
+            number, picked = choices[site]
+            options = by_id[site].alternatives[number].options
+            by_option = self._profile.kept(shape)
+            kept += [by_option[options[k]] for k in picked]
+        return sum(kept) / len(kept) if kept else 1.0
+
+    def energy(self, plan: Plan) -> float:
+        """The error of any plan whose patterns the profile has measured.
+
+        Raises:
+            ProfileError: it has not.
+        """
+        profile = self._profile
+        order = profile.orders.index(plan.order) if plan.order in profile.orders else -1
+        per_seed = np.zeros(len(self._records))
+        first = min((p.calls[0] for p in plan.phases if p.attention), default=0)
+        for phase in plan.phases:
+            for site, patterns in phase.attention.items():
+                remainder = "mean" if site in phase.remainders else "drop"
+                numbers = [self._option(pattern, order, remainder) for pattern in patterns]
+                heads = np.arange(len(numbers))
+                for s, record in enumerate(self._records):
+                    weights = call_weights(record, first)
+                    weights[: phase.calls[0]] = 0.0
+                    weights[phase.calls[1] :] = 0.0
+                    by_call = self._relative[site][s][:, heads, numbers].sum(axis=1)
+                    per_seed[s] += float(weights @ self._between @ by_call)
+        return float(per_seed.mean()) / max(1, len(profile.shapes))
+
+    def _alternative(
+        self, remainder: str, order: int, shape: SiteShape, cost: AttentionCost, error: Floats
+    ) -> Alternative | None:
+        table = cost.sparse_ms if remainder == "drop" else cost.mean_ms
+        numbers = [
+            k for k, option in enumerate(self._profile.options) if _fits(option, order, remainder)
+        ]
+        if not table or all(self._profile.options[k].pattern.kind == "dense" for k in numbers):
+            return None
+        fixed_ms, full_ms = cost_line(table)
+        kept = np.array(self._profile.kept(shape))[numbers]
+        return Alternative(
+            name=remainder,
+            fixed_ms=fixed_ms,
+            bytes=0,
+            option_ms=kept * full_ms / shape.heads,
+            error=error[:, numbers],
+            options=tuple(numbers),
+        )
+
+    def _mean_error(self, site: str, weights: Sequence[Floats]) -> Floats:
+        per_seed = [
+            np.tensordot(weight, relative, axes=1)
+            for weight, relative in zip(weights, self._relative[site], strict=True)
+        ]
+        error: Floats = np.mean(per_seed, axis=0) / len(self._profile.shapes)
+        return error
+
+    def _option(self, pattern: HeadPattern, order: int, remainder: str) -> int:
+        for k, option in enumerate(self._profile.options):
+            if option.pattern == pattern and _fits(option, order, remainder):
+                return k
+        raise ProfileError(
+            f"the profile has not measured pattern {pattern.kind!r} as the plan uses it",
+            remedy="Profile again, or leave the pattern out.",
+        )
+
+
+def relative_error(record: SeedRecord, site: str) -> Floats:
+    """[O, H, C] of a site: squared error of a head over the squared norm of all heads."""
+    norm = record.squared_norm[site].sum(dim=1)[:, None, None].clamp(min=1e-30)
+    return np.asarray((record.squared_error[site] / norm).numpy(), dtype=np.float64)
+
+
+def cost_line(table: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Least-squares line through (density, ms): (fixed, added at density 1), both >= 0 ms."""
+    kept, times = np.array(table, dtype=np.float64).T
+    (fixed, added), _ = nnls(np.stack([np.ones_like(kept), kept], axis=1), times)
+    return float(fixed), float(added)
+
+
+def _fits(option: AttentionOption, order: int, remainder: str) -> bool:
+    """Whether a head may have an option where a site has this order and remainder."""
+    if option.pattern.kind == "dense":
+        return True  # nothing is dropped, and attention does not change with the order
+    if option.remainder != remainder:
+        return False
+    return option.order == order or (option.pattern.kind == "skip" and remainder == "drop")
