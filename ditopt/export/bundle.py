@@ -15,9 +15,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ditopt.errors import EngineError, FileError
-from ditopt.export.manifest import MANIFEST, WEIGHTS, Manifest
+from ditopt.errors import EngineError, FileError, PlanError
+from ditopt.export.manifest import MANIFEST, PLAN, WEIGHTS, Manifest
 from ditopt.export.schema import FileRecord, TensorSpec
+from ditopt.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,6 +128,22 @@ def check_files(folder: Path, manifest: Manifest) -> None:
                 )
         except OSError as error:
             raise EngineError(f"files.{name}: {error.strerror}", remedy=_REMEDY) from error
+
+
+def load_plan(folder: Path, manifest: Manifest) -> Plan:
+    """The plan that the programs were compiled with.
+
+    Raises:
+        EngineError: it is no plan, or has other phases than the wiring.
+    """
+    try:
+        plan = Plan.load(folder / PLAN)
+    except (PlanError, FileError) as error:
+        raise EngineError(f"plan: {error.message}", remedy=_REMEDY) from error
+    found, phases = len(plan.phases), len(manifest.wiring.bodies)
+    if found != phases:
+        raise EngineError(f"plan: {PLAN} has {found} phases, the wiring {phases}", remedy=_REMEDY)
+    return plan
 
 
 def load_tensors(

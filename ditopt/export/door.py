@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from ditopt.capture import Captured, Input, capture
 from ditopt.errors import EngineError
 from ditopt.export.guards import holds_for
 from ditopt.export.sizes import dynamic_shapes, resized
-from ditopt.export.values import bind
+from ditopt.export.values import bind, names_of_inputs
 from ditopt.export.verify import tolerance, worst_error
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _capture(
                 f"the model writes into {spec.target or 'one of its inputs'} when it is called",
                 remedy="An engine's weights are constants; make the forward free of such writes.",
             )
-    gm = _with_roles(program, _names_of_inputs(call, named))
+    gm = _with_roles(program, names_of_inputs(call.args, call.kwargs, named))
     captured = capture(gm, whole=whole)
     own = {**program.state_dict, **program.constants}
     values = tuple(
@@ -150,22 +150,6 @@ def _capture(
         if item.role != "constant"
     )
     return captured, values, named
-
-
-def _names_of_inputs(call: RecordedCall, named: Mapping[str, Any]) -> list[str]:
-    """The name of each leaf in the order in which torch.export flattens the arguments."""
-    from torch.utils import _pytree as pytree
-
-    by_id: dict[int, list[str]] = {}
-    for name, value in named.items():
-        if isinstance(value, Tensor):
-            by_id.setdefault(id(value), []).append(name)
-    names = []
-    for value in pytree.tree_leaves((call.args, dict(call.kwargs))):
-        # Equal objects are the same input twice: each gets a name of its own, in order.
-        found = by_id.get(id(value), [])
-        names.append((found.pop(0) if len(found) > 1 else found[0]) if found else "")
-    return names
 
 
 def _with_roles(program: ExportedProgram, names: Sequence[str]) -> fx.GraphModule:

@@ -24,20 +24,20 @@ from ditopt.assembly import BoundPiece, assemble, function_of
 from ditopt.capture import Captured, Input
 from ditopt.errors import DitoptWarning, EngineError
 from ditopt.export.arguments import Arguments
-from ditopt.export.bundle import check_files, load_tensors, read_manifest
+from ditopt.export.bundle import check_files, load_plan, load_tensors, read_manifest
 from ditopt.export.here import check_environment
-from ditopt.export.manifest import PLAN, Manifest
 from ditopt.export.native import Native, checked, load_native, with_weights
 from ditopt.export.values import Result, rebuild
 from ditopt.gating import runtime_gate
 from ditopt.linker import plan_schedule
-from ditopt.plan import Plan
 from ditopt.runtime import InputRoles, StepRuntime, TrajectoryTracker
 from ditopt.runtime.memo import Memo
 from ditopt.stack import Stack
 
 if TYPE_CHECKING:
+    from ditopt.export.manifest import Manifest
     from ditopt.export.wiring import Step
+    from ditopt.plan import Plan
     from ditopt.runtime import Gate, Programs
 
 _NO_GRAPH = Captured((), (), (), (), 0)
@@ -100,7 +100,7 @@ class Engine:
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         tensors = load_tensors(folder, manifest.tensors, device)
-        plan = Plan.load(folder / PLAN) if manifest.plan is not None else None
+        plan = None if manifest.plan is None else load_plan(folder, manifest)
         natives = [load_native(folder / program.file) for program in manifest.programs]
         if verify_borders:
             pairs = zip(natives, manifest.programs, strict=True)

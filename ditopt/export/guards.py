@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ditopt.errors import EngineError
 from ditopt.export.sizes import OpenSizes, Range
-from ditopt.export.values import leaves
+from ditopt.export.values import bind, names_of_inputs
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -99,10 +100,11 @@ class _Guards:
         self._guards = [(text, compile(text, "<guard>", "eval")) for text in texts]
         placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
         users = [s for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
-        named = [path for n, v in self._bound.items() for path, _ in leaves(n, v)]
+        named = bind(inspect.signature(model.forward), call.args, call.kwargs)
+        paths = names_of_inputs(call.args, call.kwargs, named)
         self.shapes = {
             path: placeholders[spec.arg.name].meta["val"].shape
-            for path, spec in zip(named, users, strict=True)
+            for path, spec in zip(paths, users, strict=True)
             if path in sizes.axes
         }
 
@@ -119,9 +121,16 @@ class _Guards:
 
         given = {name: _mapped(name, value, shape_of) for name, value in self._bound.items()}
         for text, code in self._guards:
-            if not eval(code, {"L": given}):
+            if not _holds(code, given):
                 return text.replace("L['", "").replace("']", "")
         return None
+
+
+def _holds(code: Any, given: Mapping[str, Any]) -> bool:
+    try:
+        return bool(eval(code, {"L": given, "math": math, "torch": torch}))
+    except ArithmeticError:  # a size that is divided by became 0
+        return False
 
 
 @dataclass(frozen=True)

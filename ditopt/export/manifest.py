@@ -36,7 +36,7 @@ class Manifest(BaseModel):
         format: `pt2`, or `onnx`, whose programs hold their weights and run in other runtimes.
         name: the model's class.
         architecture, weights: fingerprints of the model, as in a plan.
-        plan: sha256 of the plan's text; null without a plan.
+        plan: sha256 of the plan's file; null without a plan.
         cached: whether the plan's skip calls are forecast.
         device, dtype: of the model's parameters.
         config: the model's `config`, as far as it can be written down.
@@ -115,6 +115,11 @@ def _check(manifest: Manifest) -> None:
         for name in names:
             if name not in manifest.files:
                 raise EngineError(f"{field}: {name} is not listed in files", remedy=_REMEDY)
+    if manifest.plan is not None and manifest.files[PLAN].sha256 != manifest.plan:
+        raise EngineError(
+            f"plan: {PLAN} has sha256 {manifest.files[PLAN].sha256}, expected {manifest.plan}",
+            remedy=_REMEDY,
+        )
     known = {item.name for item in manifest.call.inputs} | set(manifest.call.fixed)
     if len(known) != len(manifest.call.inputs) + len(manifest.call.fixed):
         raise EngineError("call.inputs: a name appears twice", remedy=_REMEDY)

@@ -196,5 +196,7 @@ def _write_rest(folder: Path, manifest: Manifest, wired: Wired, plan: Plan | Non
         save_tensors(folder, wired.tensors)
     if plan is not None:
         plan.save(folder / PLAN)
-    complete = manifest.model_copy(update={"files": record_files(folder)})
+    recorded = record_files(folder)
+    its_plan = None if plan is None else recorded[PLAN].sha256
+    complete = manifest.model_copy(update={"files": recorded, "plan": its_plan})
     files.write_text(folder / MANIFEST, complete.to_text())

@@ -46,6 +46,30 @@ def bind(
     return named
 
 
+def names_of_inputs(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], named: Mapping[str, Leaf]
+) -> list[str]:
+    """The name of each leaf in the order in which torch.export flattens the arguments.
+
+    Args:
+        args: of a call.
+        kwargs: of the call.
+        named: what `bind` makes of them; what is no tensor has the empty name here.
+    """
+    from torch.utils import _pytree as pytree
+
+    by_id: dict[int, list[str]] = {}
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            by_id.setdefault(id(value), []).append(name)
+    names = []
+    for value in pytree.tree_leaves((args, dict(kwargs))):
+        # Equal objects are the same input twice: each gets a name of its own, in order.
+        found = by_id.get(id(value), [])
+        names.append((found.pop(0) if len(found) > 1 else found[0]) if found else "")
+    return names
+
+
 def is_plain(value: Any) -> bool:
     """Whether a value can be written down: None, a truth value, a number, a text."""
     return value is None or isinstance(value, bool | int | float | str)

@@ -57,6 +57,6 @@ def text_of(engine: Engine) -> str:
         for name in ["weights.safetensors", *(p.file for p in engine.manifest.programs)]
     }
     if engine.manifest.plan is not None:
-        files["plan.yaml"] = {"sha256": "0" * 64, "nbytes": 1}
+        files["plan.yaml"] = {"sha256": engine.manifest.plan, "nbytes": 1}
     document = engine.manifest.model_dump(mode="json")
     return Manifest.model_validate({**document, "files": files}).to_text()

@@ -6,12 +6,15 @@ import hashlib
 import json
 import pickle
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ditopt.errors import EngineError, FileError, VerificationError
@@ -177,6 +180,89 @@ def test_another_version_or_device_is_refused(
 ) -> None:
     rewrite(folder, lambda document: document.update(change))
     with pytest.raises(EngineError, match=message):
+        Engine.load(folder)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_damage_to_any_file_is_noticed(original: Path, data: st.DataObject) -> None:
+    """Cut, grown, or any byte changed: the file is named before anything of it is used."""
+    files = json.loads((original / "manifest.json").read_text())["files"]
+    names = sorted(name for name, record in files.items() if record["nbytes"])
+    name = data.draw(st.sampled_from([*names, "manifest.json"]))
+    content = (original / name).read_bytes()
+    kind = data.draw(st.sampled_from(["cut", "grow", "change"]))
+    at = data.draw(st.integers(0, len(content) - 1))
+    if kind == "cut":
+        damaged = content[:at]
+    elif kind == "grow":
+        damaged = content + data.draw(st.binary(min_size=1, max_size=8))
+    else:
+        flipped = content[at] ^ data.draw(st.integers(1, 255))
+        damaged = content[:at] + bytes([flipped]) + content[at + 1 :]
+    sha256 = hashlib.sha256((original / "manifest.json").read_bytes()).hexdigest()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "engine"
+        shutil.copytree(original, folder)
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(EngineError) as caught:
+            Engine.load(folder, sha256)
+    assert name in str(caught.value)
+
+
+def test_a_plan_that_is_not_the_engine_s_is_refused(folder: Path) -> None:
+    """Its file may be whole and listed: the programs were compiled for another one."""
+    (folder / "plan.yaml").write_text("ditopt_plan: 1\n")
+
+    def with_plan(document: dict[str, Any]) -> None:
+        document["plan"] = "0" * 64
+        document["files"]["plan.yaml"] = {}
+
+    rewrite(folder, with_plan)
+    with pytest.raises(EngineError, match=r"^plan: plan.yaml has sha256 .*, expected 000"):
+        Engine.load(folder)
+    sha256 = hashlib.sha256((folder / "plan.yaml").read_bytes()).hexdigest()
+    rewrite(folder, lambda document: document.update(plan=sha256))
+    with pytest.raises(EngineError, match=r"^plan: plan.yaml: "):
+        Engine.load(folder)
+
+
+@pytest.mark.parametrize("place", ["../outside.data", "/etc/passwd"])
+def test_weights_outside_of_the_folder_are_refused(folder: Path, place: str) -> None:
+    """An ONNX model says itself in which file its weights are."""
+    onnx = pytest.importorskip("onnx")
+    (path,) = (folder / "programs").glob("*.onnx")
+    model = onnx.load(str(path))
+    (weight,) = (x for x in model.graph.initializer if list(x.dims) == [4, 4])
+    data = weight.raw_data
+
+    def keep_weights_in(location: str) -> None:
+        weight.raw_data = data
+        onnx.external_data_helper.set_external_data(weight, location, offset=0, length=64)
+        weight.ClearField("raw_data")
+        path.write_bytes(model.SerializeToString())
+        rewrite(folder, lambda document: None)
+
+    for target in (folder / "outside.data", path.with_name("inside.data")):
+        target.write_bytes(data)
+    keep_weights_in("inside.data")
+    Engine.load(folder)
+    keep_weights_in(place)
+    with pytest.raises(EngineError, match=r"^0.onnx: onnxruntime refuses this model"):
+        Engine.load(folder)
+
+
+def test_a_header_with_an_absurd_shape_is_refused(folder: Path) -> None:
+    """A safetensors file whose header promises a terabyte."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 8]}})
+    data = len(header).to_bytes(8, "little") + header.encode() + bytes(8)
+    (folder / "weights.safetensors").write_bytes(data)
+    rewrite(folder, with_weights)
+    with pytest.raises(EngineError, match=r"^weights.safetensors: not a safetensors file"):
+        Engine.load(folder)
+    (folder / "weights.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    rewrite(folder, with_weights)
+    with pytest.raises(EngineError, match=r"^weights.safetensors: not a safetensors file"):
         Engine.load(folder)
 
 
