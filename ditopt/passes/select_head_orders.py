@@ -3,7 +3,7 @@
     sdpa(q, k, v)   =>   put(block_sparse(take(q, o), take(k, p), take(v, p), lists), o)
 
 with orders o, p [B, H, N] and lists from `cluster_tokens` (similar tokens side by side, SVG2) or
-from `vote_orders` (frame by frame or place by place, o = p, Sparse VideoGen). What the lists leave
+from `vote_order` (frame by frame or place by place, o = p, Sparse VideoGen). What the lists leave
 out is dropped; the orders themselves change nothing.
 
 Preconditions: as for `select_sparse_pattern`; queries and keys of one sequence; clusters take no
@@ -39,7 +39,7 @@ from ditopt.sites import SDPA, attention_operands
 from ditopt.symbols import hint
 
 CLUSTER = torch.ops.ditopt.cluster_tokens.default
-VOTE = torch.ops.ditopt.vote_orders.default
+VOTE = torch.ops.ditopt.vote_order.default
 TAKE, PUT = torch.ops.ditopt.take_tokens.default, torch.ops.ditopt.put_tokens.default
 
 

@@ -185,7 +185,7 @@ def test_queries_vote_for_the_order_that_errs_less() -> None:
     keep = torch.eye(8, dtype=torch.bool)
     moved = ops_orders.votes(q, k, v, keep, order, 8, 8, 16, 1.0)
     assert moved.tolist() == [[False, True]]
-    orders, counts, ids = torch.ops.ditopt.vote_orders(q, k, v, keep, order, 8, 8, 16, 1.0)
+    orders, counts, ids = torch.ops.ditopt.vote_order(q, k, v, keep, order, 8, 8, 16, 1.0)
     assert torch.equal(orders[0, 0], torch.arange(64))
     assert torch.equal(orders[0, 1], order)
     taken = [torch.ops.ditopt.take_tokens(x, orders) for x in (q, k, v)]
@@ -219,7 +219,7 @@ def test_operators_are_well_formed(name: str) -> None:
         "select": ("select_blocks", (q, k, EYE, SLOT, "mass", BLOCK, BLOCK, "adaptive", 0.5, 1,
                                      SCALE, 2)),
         "cluster": ("cluster_tokens", (q, k, *CLUSTERED)),
-        "vote": ("vote_orders", (q, k, v, EYE, order, BLOCK, BLOCK, 8, SCALE)),
+        "vote": ("vote_order", (q, k, v, EYE, order, BLOCK, BLOCK, 8, SCALE)),
         "take": ("take_tokens", (q, order.expand(B, H, N).contiguous())),
         "put": ("put_tokens", (q, order.expand(B, H, N).contiguous())),
         "bits": ("dropped_bits", from_blocks(EYE[None, None])),

@@ -119,7 +119,7 @@ def test_each_head_attends_in_the_order_that_it_chose(harness: Any, scale: float
     with torch.no_grad():
         q, k, v = graph.module.heads(graph.inputs[0])
         settings = (BLOCK, BLOCK, 6, scale or D**-0.5)
-        orders = torch.ops.ditopt.vote_orders(q, k, v, keep, ORDER, *settings)[0]
+        orders = torch.ops.ditopt.vote_order(q, k, v, keep, ORDER, *settings)[0]
     block = orders.argsort(-1) // BLOCK
     graph.module.arguments["attn_mask"] = block[..., None] == block[..., None, :]
     graph.assert_lossless(out)

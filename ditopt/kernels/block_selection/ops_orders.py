@@ -1,7 +1,7 @@
 """Operators that choose an order of tokens for each head, and the lists of blocks in that order.
 
 - ``ditopt::cluster_tokens``: tokens by cluster, and the clusters that attend (`clusters`, SVG2).
-- ``ditopt::vote_orders``: each head's sampled queries decide whether it is better served by one
+- ``ditopt::vote_order``: each head's sampled queries decide whether it is better served by one
   block pattern over the tokens as they stand or over the tokens in another order (Sparse VideoGen,
   arXiv 2502.01776: frame after frame for spatial heads, place after place for temporal ones).
 - ``ditopt::take_tokens`` and ``ditopt::put_tokens``: tokens into an order, results back.
@@ -21,7 +21,7 @@ from . import clusters
 from .ops import fake_lists
 from .reuse import active
 
-_CLUSTER, _VOTE = "ditopt::cluster_tokens", "ditopt::vote_orders"
+_CLUSTER, _VOTE = "ditopt::cluster_tokens", "ditopt::vote_order"
 _TAKE, _PUT = "ditopt::take_tokens", "ditopt::put_tokens"
 torch.library.define(
     _CLUSTER,
