@@ -55,11 +55,6 @@ UNIFORM: dict[str, dict[str, Any]] = {
         "activation": "int8_row",
         "transform": "rotate",
     },
-    "twin_log, int8_row, rotate": {
-        "format": "twin_log",
-        "activation": "int8_row",
-        "transform": "rotate",
-    },
 }
 TIMED: dict[str, dict[str, Any]] = {
     "int8_row": {"format": "int8_row"},
