@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ditopt.kernels.block_selection import clusters, ops_kept, ops_orders, reference, whole_heads
+from ditopt.kernels.block_selection import (
+    clusters,
+    cpu,
+    ops_kept,
+    ops_orders,
+    reference,
+    whole_heads,
+)
 from ditopt.kernels.block_selection.reuse import Kept, keeping
 from ditopt.kernels.block_sparse_attention import reference as block_sparse
 from ditopt.kernels.block_sparse_attention.lists import from_blocks, to_blocks
@@ -103,11 +110,17 @@ def test_the_log_sum_exp_of_the_kernel_is_exact() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
 
 
-def test_mass_of_many_heads_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [1, 3 * 8 * N * BLOCK, 1 << 30])
+@pytest.mark.parametrize(("n_q", "n_k"), [(N, N), (64, N), (N, 5)])
+def test_the_mass_of_a_cpu_is_the_reference_s(
+    monkeypatch: pytest.MonkeyPatch, tile: int, n_q: int, n_k: int
+) -> None:
+    monkeypatch.setattr(cpu, "_TILE_BYTES", tile)
     q, k, _ = qkv()
-    whole = select(q, k, "mass", "adaptive", 0.5)
-    monkeypatch.setattr(ops_kept, "_MASS_BYTES", 4 * N * N)
-    assert torch.equal(select(q, k, "mass", "adaptive", 0.5), whole)
+    q, k = q[:, :, :n_q], k[:, :, :n_k]
+    lse = ((q @ k.transpose(-1, -2)) * SCALE).logsumexp(-1)
+    expected = reference.block_mass(q, k, lse, BLOCK, BLOCK, SCALE)
+    torch.testing.assert_close(cpu.softmax_mass(q, k, BLOCK, BLOCK, SCALE), expected)
 
 
 @pytest.mark.parametrize("scores", ["pooled", "mass"])

@@ -6,7 +6,8 @@ rules of `whole_heads`, finds the log-sum-exp that exact mass needs by itself, a
 the CPU and tells sites apart. The lists that it returns are the caller's own.
 
 Cost where it chooses: pooled scores read q and k once; exact mass is a dense attention for the
-log-sum-exp and half of one for the mass. Where it does not: a copy of the lists.
+log-sum-exp and half of one for the mass, on a CPU (`cpu`) about one in all. Where it does not: a
+copy of the lists.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from ditopt.kernels.block_sparse_attention import ops_lse
 from ditopt.kernels.block_sparse_attention.lists import from_blocks
 
-from . import ops, reference, whole_heads
+from . import cpu, ops, reference, whole_heads
 from .reuse import Lists, active
 
 _NAME = "ditopt::select_blocks"
@@ -26,8 +27,6 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor forced, Tensor slot, str scores, int block_q, int block_k, "
     "str rule, float amount, int minimum, float scale, int refresh) -> (Tensor, Tensor)",
 )
-SCORES = ("pooled", "mass")
-_MASS_BYTES = 256 << 20  # of scores that the reference of the mass holds at a time
 
 
 def _select(
@@ -57,17 +56,16 @@ def _by_mass(
     q: Tensor, k: Tensor, forced: Tensor, block_q: int, block_k: int,
     rule: str, amount: float, minimum: int, scale: float,
 ) -> Lists:  # fmt: skip
-    settings = (block_q, block_k, rule, amount, minimum, scale)
-    lse = dense_lse(q, k, block_q, block_k, scale)
-    if q.is_cuda and rule in reference.RULES:
-        lists: Lists = torch.ops.ditopt.select_blocks_mass.default(q, k, lse, forced, *settings)
-        return lists
-    at_once = max(1, _MASS_BYTES // (4 * q.shape[0] * q.shape[2] * k.shape[2]))
-    parts = [
-        torch.ops.ditopt.block_mass.default(*part, block_q, block_k, scale)
-        for part in zip(*(torch.split(x, at_once, 1) for x in (q, k, lse)), strict=True)
-    ]
-    scored, lengths = reference.score_mass(torch.cat(parts, 1), k.shape[2], block_k)
+    if not q.is_cuda:
+        mass = cpu.softmax_mass(q, k, block_q, block_k, scale)
+    else:
+        lse = dense_lse(q, k, block_q, block_k, scale)
+        if rule in reference.RULES:
+            settings = (block_q, block_k, rule, amount, minimum, scale)
+            lists: Lists = torch.ops.ditopt.select_blocks_mass.default(q, k, lse, forced, *settings)
+            return lists
+        mass = torch.ops.ditopt.block_mass.default(q, k, lse, block_q, block_k, scale)
+    scored, lengths = reference.score_mass(mass, k.shape[2], block_k)
     return from_blocks(whole_heads.choose(scored, lengths, forced, rule, amount, minimum))
 
 
