@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ditopt.report_page.decisions import Quality
 
 if TYPE_CHECKING:
-    from ditopt.plan import Goal
+    from ditopt.plan import Goal, Plan, Verification
     from ditopt.report_page.evidence import Evidence
 
 
@@ -73,8 +73,12 @@ def audited(evidence: Evidence) -> Quality | None:
     """Quality of the adopted plan on fresh seeds; None where it was not audited."""
     if evidence.plan is None:
         return None
-    audits = [v for v in evidence.plan.verification if v.purpose == "audit" and v.adopted]
+    audits = _audits(evidence.plan)
     return Quality.of(audits[-1].psnr_db) if audits else None
+
+
+def _audits(plan: Plan) -> list[Verification]:
+    return [v for v in plan.verification if v.purpose == "audit" and v.adopted]
 
 
 def measured_speedup(evidence: Evidence) -> float | None:
@@ -111,6 +115,9 @@ def _plan_tiles(evidence: Evidence, audit: Quality | None, measured: float | Non
     if audit is not None:
         note = f"minimum {audit.low:.1f}, 10th percentile {audit.p10:.1f}"
         tiles.append(Tile("Audit PSNR", f"{audit.mean:.1f}", "dB", note))
+    ssim = [v.mean_ssim for v in _audits(plan) if v.mean_ssim is not None]
+    if ssim:
+        tiles.append(Tile("Audit SSIM", f"{ssim[-1]:.3f}", "", "mean over the same seeds"))
     full = plan.sampler.calls if plan.cache is None else len(plan.cache.full)
     tiles.append(
         Tile("Full calls", f"{full}", f"of {plan.sampler.calls}", "the others are forecast")

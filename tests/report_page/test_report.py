@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from ditopt.cli import app
 from ditopt.errors import PlanError, ProfileError
-from ditopt.plan import Plan
+from ditopt.plan import Phase, Plan
+from ditopt.quantization import LinearRule
 from ditopt.report import Decision
 from ditopt.report_page import build, write_report
-from ditopt.report_page.decisions import grouped
+from ditopt.report_page.decisions import formats, grouped
 from ditopt.report_page.schedule import schedule
 from ditopt.workload import load_workload
 
@@ -258,6 +259,22 @@ def test_skipped_calls_name_what_they_are_made_of(tmp_path):
     assert json.loads(found.calls[7].row) == [[6, "1.60"], [3, "-0.60"]]
     assert "1.60 × call 6" in found.calls[7].tip
     assert found.phases[1] == (8, "calls 4 to 11: 3 sparse attentions, 6 layers int8_row")
+
+
+def test_formats_are_told_by_role_and_block(tmp_path):
+    plan = make_plan(write_profile(tmp_path / "prof", maps=False))
+    table = formats(plan.phases[1], [linear.id for linear in plan.model.linears])
+    assert table.columns == ("0", "1", "2")
+    cells = dict(table.rows)
+    assert cells["blocks.*.attn1.to_q"][0] == ("·", "none", "blocks.0.attn1.to_q: left alone")
+    assert cells["blocks.*.ff.down"][2] == (
+        "int8",
+        "format8",
+        "blocks.2.ff.down: int8_row, balance",
+    )
+    stored = LinearRule(format="int4_group", activation="int8_row", transform="rotate_twice")
+    (_, (cell,)), *_ = formats(Phase(calls=(0, 1), linear={"head": stored}), ["head"]).rows
+    assert cell == ("int4", "format4", "head: int4_group, int8_row, rotate_twice")
 
 
 def test_the_command_prints_and_writes(whole, tmp_path):
