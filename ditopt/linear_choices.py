@@ -104,6 +104,10 @@ def _missing(rule: LinearRule, statistics: Mapping[str, Tensor], site: LinearSit
         found = tuple(statistics["codes"].shape)
         if found != (n, k // 4):
             return f"the plan's codes have shape {found}, the layer has N = {n}, K = {k}"
+    if rule.static is not None:
+        found = tuple(statistics["range_amax"].shape) if "range_amax" in statistics else (0, k)
+        if found[1:] != (k,) or found[0] <= rule.static:
+            return f"range {rule.static} of the statistic 'range_amax' [ranges, {k}] is missing"
     for name in NEEDS[rule.transform]:
         if name not in statistics:
             return f"transform {rule.transform!r} needs the statistic {name!r}, not in the plan"

@@ -89,7 +89,8 @@ def _quantize(
         return False, str(reason)
     native = missing_hardware(rule.product, fake_value(node).device) is None
     text = _describe(rule, native, len(members))
-    rounded = ctx.options.rounding_kernel and rule.transform == "none"
+    dynamic = rule.transform == "none" and rule.static is None
+    rounded = ctx.options.rounding_kernel and dynamic
     sources = _row_sources(node) if rounded and rule.product in ROW_FORMATS else None
     _rewrite(gm, layer, native, sources)
     return True, text if sources is None else f"{text}, rounded by quantize_rows"
@@ -146,6 +147,8 @@ def _describe(rule: LinearRule, native: bool, members: int) -> str:
         text += ", decoded at every call: smaller, not faster"
     if rule.transform != "none":
         text += f", {rule.transform}"
+    if rule.static is not None:
+        text += f", input by the static scale of range {rule.static}"
     return text if members == 1 else f"{text}, {members} layers in one"
 
 

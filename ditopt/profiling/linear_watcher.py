@@ -40,7 +40,11 @@ class WatchedGroup:
             ProfileError: a rule that no layer of this width can have.
         """
         bias = torch.cat(self.biases).float()
-        statistics = {"mean": self.whole.mean.float(), "amax": self.whole.amax.float()}
+        statistics = {
+            "mean": self.whole.mean.float(),
+            "amax": self.whole.amax.float(),
+            "range_amax": torch.stack([seen.amax for seen in self.ranges]).float(),
+        }
         weight = torch.cat(self.weights).float()
         n, k = weight.shape
         errors, turns = [], []

@@ -12,7 +12,7 @@ from ditopt.errors import WeightError
 from ditopt.quantization import transforms
 from ditopt.quantization.codebook import Codebook, calibrated_parts
 from ditopt.quantization.group import Group
-from ditopt.quantization.rowwise import FP8_ROW, INT8_ROW, RowFormat
+from ditopt.quantization.rowwise import FP8_ROW, INT8_ROW, SMALLEST, RowFormat, quantize_by
 from ditopt.quantization.twin_log import TwinLog
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ STORED_FORMATS: dict[str, StoredFormat] = {
 }
 ROW_SCALE = "row_scale"
 """Of a stored weight that is multiplied in 8 bits: scales [1, N] of the decoded rows."""
+INPUT_AMAX = "input_amax"
+"""Of a static rule: largest magnitude [1, 1] of the input, transformed."""
 
 
 def misfit(rule: LinearRule, k: int) -> str | None:
@@ -79,6 +81,8 @@ def operands(rule: LinearRule, n: int, k: int, dtype: torch.dtype) -> Parts:
         found |= _format(rule).parts(n, k)
     if rule.activation != "none":
         found[ROW_SCALE] = ((1, n), torch.float32)
+    if rule.static is not None:
+        found[INPUT_AMAX] = ((1, 1), torch.float32)
     found |= transforms.parts(rule.transform, k, wide)
     if rule.transform == "centre":
         found["bias"] = ((n,), dtype)
@@ -117,6 +121,9 @@ def derive(
         found["bias"] = bias.to(dtype)
     if rule.format == "none":
         return {"weight": weight.to(dtype), **found}
+    if rule.static is not None:
+        seen = statistics["range_amax"][rule.static].to(weight) * found.get("stretch", 1.0)
+        found[INPUT_AMAX] = seen.amax().clamp(min=SMALLEST).float().reshape(1, 1)
     if rule.calibrated:
         return {**calibrated_parts(statistics, wide), **found}
     made = _format(rule).encode(weight.float())
@@ -158,6 +165,8 @@ def compute(
         x = transforms.apply(wide, rule.transform, made, k)
     row = ROW_FORMATS.get(rule.product or "")
     if row is not None:
+        if rule.static is not None:
+            rounded = quantize_by(x, made[INPUT_AMAX], row.largest, row.dtype)
         if rule.activation != "none":
             decoded = STORED_FORMATS[rule.format].decode(made, n, k, torch.float32)
             made = row.encode_again(decoded, made[ROW_SCALE])

@@ -45,6 +45,26 @@ def quantize_rows(x: Any, largest: float, dtype: torch.dtype) -> tuple[Any, Any]
     return _rounded(scaled, largest, dtype), aten.mul.Tensor(amax, 1 / largest)
 
 
+def quantize_by(x: Any, amax: Any, largest: float, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Round to 8 bits by a magnitude that is known beforehand; what is larger is clipped.
+
+    Args:
+        x: [M, K], any floating dtype; computed in float32.
+        amax: [1, 1] float32, positive.
+        largest: the format's largest number.
+        dtype: of the format.
+
+    Returns:
+        As `quantize_rows`; all scales are equal.
+    """
+    wide = aten.to.dtype(x, torch.float32)
+    scaled = aten.mul.Tensor(wide, aten.mul.Tensor(aten.reciprocal.default(amax), largest))
+    column = aten.zeros_like.default(aten.slice.Tensor(wide, 1, 0, 1))
+    return _rounded(scaled, largest, dtype), aten.add.Tensor(
+        column, aten.mul.Tensor(amax, 1 / largest)
+    )
+
+
 def _rounded(scaled: Any, largest: float, dtype: torch.dtype) -> Any:
     if not dtype.is_floating_point:
         scaled = aten.round.default(scaled)

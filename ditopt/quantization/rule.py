@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Format = Literal[
     "none",
@@ -38,6 +38,9 @@ class LinearRule(BaseModel):
             channel by a scale between the input's and the weight's, `rotate` balances and then
             mixes the channels of each block by a regular Hadamard matrix; `rotate_twice` deals the
             mixed channels out to other blocks and mixes again.
+        static: the number of a recorded range of calls, whose largest magnitude then scales every
+            token in place of the token's own: for engines that know constant scales only. Larger
+            values are clipped.
         calibrated: of a codebook: codes and words come from the plan's side file, where
             `quantization.block_calibration` put them, not from the weight alone.
         simulate: allowed to compute the format's numbers in float32 where the device lacks the
@@ -49,6 +52,7 @@ class LinearRule(BaseModel):
     format: Format
     activation: Activation = "none"
     transform: Transform = "none"
+    static: Annotated[int, Field(ge=0, le=1000)] | None = None
     calibrated: bool = False
     simulate: bool = False
 
@@ -72,6 +76,10 @@ class LinearRule(BaseModel):
             raise ValueError(
                 f"format {self.format!r} rounds the weight alone and takes transform 'none'"
             )
+        if self.static is not None and (
+            self.product is None or self.transform not in ("none", "balance")
+        ):
+            raise ValueError("static scales are of 8-bit inputs, as they are or balanced")
         if self.calibrated and (self.format != "codebook" or self.transform != "none"):
             raise ValueError("only a codebook without a transform is calibrated")
         return self
