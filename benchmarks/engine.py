@@ -2,10 +2,14 @@
 
     python benchmarks/engine.py --engines /tmp/engines                    # without a plan
     python benchmarks/engine.py --plan plan.yaml --loops 5 --engines /tmp/engines
+    python benchmarks/engine.py --plan plan.yaml --int8 --loops 5 --seeds 2 --engines /tmp/engines
 
 Times one call of the model (the first of the sampling loop) by each in turn; with --loops whole
-sampling loops too, where a plan's skipped calls count. On a busy CPU the processor time of this
-process tells more than the clock, so both are recorded. Engines in --engines are kept.
+sampling loops too, where a plan's skipped calls count, and with --seeds their PSNR against the
+dense model. --int8 adds int8_row to the plan, at every large layer of the blocks in every phase but
+the first. On a busy CPU the processor time of this process tells more than the clock, so both are
+recorded. Engines in --engines are kept; numbers that were not asked for are kept, too, where the
+output file has them already.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ditopt.bench import FIRST_SEED  # noqa: E402
 from ditopt.demo import demo_workload  # noqa: E402
 from ditopt.environment import describe_environment  # noqa: E402
 from ditopt.export.engine import Engine  # noqa: E402
@@ -31,8 +36,12 @@ from ditopt.export.recording import record  # noqa: E402
 from ditopt.export.run import export  # noqa: E402
 from ditopt.export.verify import worst_error  # noqa: E402
 from ditopt.files import write_json  # noqa: E402
+from ditopt.metrics import compare  # noqa: E402
 from ditopt.plan import Plan  # noqa: E402
+from ditopt.quantization import LinearRule  # noqa: E402
+from ditopt.quantization.plans import candidates, linear_records  # noqa: E402
 from ditopt.timing import timed  # noqa: E402
+from ditopt.torch_backend import compiled_graphs  # noqa: E402
 from ditopt.workload import load_workload  # noqa: E402
 
 SEED = 11
@@ -60,35 +69,66 @@ def in_turn(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, An
     return row
 
 
+def in_8_bits(plan: Plan, call: Any, model: torch.nn.Module) -> Plan:
+    """The plan with `int8_row` where it is worth it, in all phases but the careful first one."""
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="ditopt_eager")(*call.args, **call.kwargs)
+    graph = compiled_graphs(model)[-1]
+    torch.compiler.reset()
+    rules = dict.fromkeys((s.id for s in candidates(graph)), LinearRule(format="int8_row"))
+    first, *later = plan.phases
+    phases = (first, *(phase.model_copy(update={"linear": rules}) for phase in later))
+    named = plan.model.model_copy(update={"linears": linear_records(graph.linear)})
+    return plan.model_copy(update={"phases": phases, "model": named})
+
+
+def psnr_db(
+    workload: Any, name: str, variants: dict[str, Any], seeds: int
+) -> dict[str, list[float]]:
+    """PSNR of each variant's loop against the dense model's, by seed."""
+    found: dict[str, list[float]] = {variant: [] for variant in variants}
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        dense = workload.run(seed)
+        for variant, model in variants.items():
+            quality = compare(workload.run(seed, {name: model}), dense, workload.data_range)
+            found[variant].append(round(quality.psnr_db, 3))
+        print(seed, {variant: values[-1] for variant, values in found.items()}, flush=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--engines", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=9, help="single calls")
     parser.add_argument("--loops", type=int, default=0, help="whole sampling loops")
+    parser.add_argument("--seeds", type=int, default=0, help="of PSNR against the dense model")
+    parser.add_argument("--int8", action="store_true", help="8-bit layers in the plan, too")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     workload = load_workload(demo_workload())
     name, model = next(iter(workload.models.items()))
     device = next(model.parameters()).device
     plan = None if arguments.plan is None else Plan.load(arguments.plan)
-    folder = arguments.engines / ("eng_no_plan" if plan is None else "eng_plan")
+    call = record(workload, name, seed=SEED)[0]
+    label = "eng_no_plan" if plan is None else "eng_plan"
+    if plan is not None and arguments.int8:
+        plan, label = in_8_bits(plan, call, model), "eng_plan_int8"
+    folder = arguments.engines / label
     if not folder.exists():
         arguments.engines.mkdir(parents=True, exist_ok=True)
         print(json.dumps(export(workload, folder, plan).to_json()["seconds"]), flush=True)
     engine, load_ms = timed(lambda: Engine.load(folder))
     options: Any = None if plan is None else {"plan": plan}
     compiled = torch.compile(model, backend="ditopt", options=options)
-    call = record(workload, name, seed=SEED)[0]
     with torch.no_grad():
         results = {k: f(*call.args, **call.kwargs) for k, f in (("e", engine), ("c", compiled))}
-        calls = in_turn(
-            {
-                "compiled": lambda: compiled(*call.args, **call.kwargs),
-                "engine": lambda: engine(*call.args, **call.kwargs),
-            },
-            arguments.rounds,
-        )
+        once = {
+            "compiled": lambda: compiled(*call.args, **call.kwargs),
+            "engine": lambda: engine(*call.args, **call.kwargs),
+        }
+        calls = in_turn(once, arguments.rounds) if arguments.rounds else {}
     loops = {}
     if arguments.loops:
         run = workload.run
@@ -97,11 +137,13 @@ def main() -> int:
             "engine": lambda: run(SEED, {name: engine}),
         }
         loops = in_turn(variants, arguments.loops)
+    quality = psnr_db(workload, name, {"compiled": compiled, "engine": engine}, arguments.seeds)
     files = [path for path in folder.rglob("*") if path.is_file()]
     result = {
         "environment": describe_environment(device),
         "workload": workload.title,
         "plan": None if plan is None else str(plan.goal),
+        "int8_layers": 0 if plan is None else max(len(phase.linear) for phase in plan.phases),
         "load_ms": round(load_ms, 1),
         "nbytes": sum(path.stat().st_size for path in files),
         "weights_nbytes": sum(p.nbytes for p in model.parameters()),
@@ -109,9 +151,15 @@ def main() -> int:
         "relative_l2": worst_error(results["e"], results["c"]),
         "one_call": calls,
         "one_loop": loops,
+        "psnr_db": quality if arguments.seeds else {},
     }
+    output = arguments.output or ROOT / f"benchmarks/results/engine_{device.type}.json"
+    if output.exists():
+        known = json.loads(output.read_text())
+        for key in ("one_call", "one_loop", "psnr_db"):
+            result[key] = result[key] or known.get(key, {})
     print(json.dumps(result, indent=1))
-    write_json(arguments.output or ROOT / f"benchmarks/results/engine_{device.type}.json", result)
+    write_json(output, result)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ditopt.errors import EngineError
 from ditopt.export.sizes import OpenSizes, Range
@@ -102,6 +103,10 @@ class _Guards:
         users = [s for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
         named = bind(inspect.signature(model.forward), call.args, call.kwargs)
         paths = names_of_inputs(call.args, call.kwargs, named)
+        # Guards name an input by its argument, or by its place among all leaves.
+        self._flat = list(
+            zip(paths, pytree.tree_leaves((call.args, dict(call.kwargs))), strict=True)
+        )
         self.shapes = {
             path: placeholders[spec.arg.name].meta["val"].shape
             for path, spec in zip(paths, users, strict=True)
@@ -120,6 +125,7 @@ class _Guards:
             return _Sized(tuple(shape))
 
         given = {name: _mapped(name, value, shape_of) for name, value in self._bound.items()}
+        given["flat_args"] = [shape_of(path, value) for path, value in self._flat]
         for text, code in self._guards:
             if not _holds(code, given):
                 return text.replace("L['", "").replace("']", "")
@@ -129,7 +135,7 @@ class _Guards:
 def _holds(code: Any, given: Mapping[str, Any]) -> bool:
     try:
         return bool(eval(code, {"L": given, "math": math, "torch": torch}))
-    except ArithmeticError:  # a size that is divided by became 0
+    except (ArithmeticError, LookupError, NameError):  # divided by 0, or not readable: not proven
         return False
 
 

@@ -16,6 +16,10 @@ from ditopt.export.engine import Engine
 from ditopt.export.link import link
 from ditopt.export.manifest import Manifest
 from ditopt.export.schema import Program
+from ditopt.plan import Plan
+from ditopt.quantization import LinearRule
+from ditopt.quantization.plans import linear_records
+from ditopt.torch_backend import compiled_graphs
 from ditopt.workload import Workload
 
 SPARSE = (
@@ -27,6 +31,20 @@ SPARSE = (
 def workload_of(model: nn.Module, given: Any, sample: Any) -> Workload:
     """The loop of `small_dit.sample`; its result holds what every call returned."""
     return Workload(model, lambda stand_in, seed: torch.stack(sample(stand_in, given)))
+
+
+def with_int8(plan: Plan, model: nn.Module, given: Any) -> Plan:
+    """The plan with each layer of the blocks in 8 bits, in its last phase."""
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="ditopt_eager")(**given)
+    linears = compiled_graphs(model)[-1].linear
+    names = [site.id for site in linears if site.id.startswith("blocks")]
+    rules = dict.fromkeys(names, LinearRule(format="int8_row"))
+    *first, last = plan.phases
+    named = plan.model.model_copy(update={"linears": linear_records(linears)})
+    phases = (*first, last.model_copy(update={"linear": rules}))
+    return plan.model_copy(update={"phases": phases, "model": named})
 
 
 def exported(workload: Workload, name: str = "model") -> Exported:

@@ -23,26 +23,10 @@ from ditopt.export.run import export
 from ditopt.export.verify import worst_error
 from ditopt.export.wire import Wired
 from ditopt.plan import Gate, Plan
-from ditopt.quantization import LinearRule
-from ditopt.quantization.plans import linear_records
 from ditopt.torch_backend import compiled_graphs
 from ditopt.workload import Workload
 
-from .engines import SPARSE, exported, in_memory, text_of, workload_of
-
-
-def with_int8(plan: Plan, model: nn.Module, given: Any, only: str = "") -> Plan:
-    """The plan with each layer of the blocks in 8 bits, in its last phase."""
-    torch.compiler.reset()
-    with torch.no_grad():
-        torch.compile(model, backend="ditopt_eager")(**given)
-    linears = compiled_graphs(model)[-1].linear
-    names = [site.id for site in linears if site.id.startswith("blocks") and only in site.id]
-    rules = dict.fromkeys(names, LinearRule(format="int8_row"))
-    *first, last = plan.phases
-    named = plan.model.model_copy(update={"linears": linear_records(linears)})
-    phases = (*first, last.model_copy(update={"linear": rules}))
-    return plan.model_copy(update={"phases": phases, "model": named})
+from .engines import SPARSE, exported, in_memory, text_of, with_int8, workload_of
 
 
 def against_oracle(engine: Any, workload: Workload, plan: Plan) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from runtime.small_dit import arguments
 from safetensors.torch import load_file, save_file
 
 from ditopt.errors import EngineError
@@ -18,15 +19,20 @@ from ditopt.export.recording import RecordedCall, record
 from ditopt.export.run import export
 from ditopt.export.verify import worst_error
 
+from .engines import with_int8
+
 pytestmark = pytest.mark.slow
 RUNNER = Path(__file__).parents[2] / "examples" / "engine_runner"
 
 
 @pytest.fixture(scope="module")
-def folder(workload: Any, plan: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(workload: Any, plan: Any, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sparse heads, skipped calls and 8-bit layers, each in some of the calls."""
     path = tmp_path_factory.mktemp("pt2")
-    report = export(workload, path / "engine", plan)
-    assert report.engine_error < 1e-6
+    full = with_int8(plan, model, arguments(model))
+    report = export(workload, path / "engine", full)
+    assert report.engine_error < 1e-3
+    assert report.notes == ()  # the executors are those of the compiled model
     return path
 
 
@@ -54,7 +60,8 @@ def compare(path: Path, calls: list[RecordedCall]) -> None:
 def test_weights_are_in_the_folder_once(folder: Path, workload: Any) -> None:
     weights = sum(p.nbytes for p in workload.models["model"].parameters())
     stored = (folder / "engine" / "weights.safetensors").stat().st_size
-    assert stored < weights + 50_000  # block lists and a header
+    # The layers that only some calls round are there twice, in 32 bits and in 8.
+    assert stored < 1.25 * weights + 50_000  # block lists and a header
 
 
 def test_a_process_without_ditopt_runs_it(folder: Path, calls: list[RecordedCall]) -> None:
