@@ -203,7 +203,7 @@ def test_means_stand_for_what_patterns_leave_out(model: Model) -> None:
     record = compiled_graphs(model)[-1]
     told = {d.rule: d.reason for d in record.decisions if d.site == SITES[0]}
     assert told["substitute_means"] == (
-        "the mean of each of 7 key blocks stands for it where it is left out"
+        "the mean of each key block stands for it where it is left out"
     )
     assert "means of left-out blocks need ditopt's kernels" in told["attention_executor"]
 
@@ -230,6 +230,29 @@ def test_means_in_an_order_of_tokens(model: Model) -> None:
         dropped = {**wanted, "phases": [{**wanted["phases"][0], "remainders": {}}]}
         without = compiled(model, plan(dropped))(latent(), torch.zeros(32), torch.ones(1))
     assert 0 < error(out, expected) < error(without, expected)
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        {"attention": PATTERNS, "remainders": MEANS},
+        {"selectors": dict.fromkeys(SITES, SELECTORS["adaptive"]), "remainders": MEANS},
+        {"selectors": dict.fromkeys(SITES, SELECTORS["two_masks"])},
+        {"selectors": dict.fromkeys(SITES, SELECTORS["clusters"])},
+    ],
+    ids=["patterns", "exact mass", "two_masks", "clusters"],
+)
+def test_one_program_serves_several_resolutions(model: Model, phase: dict[str, Any]) -> None:
+    made = plan(document(model, **phase))
+    latents = [torch.randn(1, 3, f, h, w) for f, h, w in ((3, 10, 14), (2, 14, 18), (4, 6, 10))]
+    rest = (torch.zeros(32), torch.ones(1))
+    with torch.no_grad():
+        run = compiled(model, made)
+        outs = [run(x, *rest) for x in latents]
+        graphs = len(compiled_graphs(model))
+        for x, out in zip(latents, outs, strict=True):
+            assert error(out, compiled(model, made)(x, *rest)) < 1e-5
+    assert graphs == 2  # the first resolution, and all others
 
 
 @pytest.mark.parametrize(
