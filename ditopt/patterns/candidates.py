@@ -72,8 +72,12 @@ def _tile(layout: TokenLayout, block: int) -> Tile | None:
             score = covered * max(sides) / min(sides)
             if best is None or score < best[0]:
                 best = (score, Tile(frames=frames, rows=rows, cols=cols))
-    # A tile as wide as the grid is raster order.
-    return None if best is None or best[1].cols == layout.width else best[1]
+    if best is None:
+        return None
+    tile = best[1]
+    # Whole rows of one frame, or whole frames, are raster order.
+    raster = tile.cols == layout.width and (tile.frames == 1 or tile.rows == layout.height)
+    return None if raster else tile
 
 
 def candidates(

@@ -54,6 +54,7 @@ def candidate_errors(
     block_q: int,
     block_k: int,
     scale: float,
+    chosen: Tensor | None = None,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> CandidateErrors:
     """Output error of each candidate against dense attention.
@@ -62,11 +63,11 @@ def candidate_errors(
         q: [B, H, N_q, D], any floating dtype; computed in float32.
         k: [B, H, N_k, D].
         v: [B, H, N_k, D].
-        keep: bool [C, QB, KB], the blocks that each candidate keeps, or [B, H, C, QB, KB] where
-            they depend on the head; without any, zeros come out.
+        keep: bool [C, QB, KB], the blocks that each candidate keeps, for all heads.
         block_q: query tokens of a block.
         block_k: key tokens of a block.
         scale: factor of the scores.
+        chosen: bool [B, H, S, QB, KB], candidates that depend on the data: S more, after the C.
         scratch_bytes: memory for tiles; one head of one query block is always taken.
 
     Returns:
@@ -75,16 +76,17 @@ def candidate_errors(
     """
     batch, heads, n_q, dim = q.shape
     keep = keep.to(q.device)
-    chunk = _heads_at_a_time(batch, k.shape[2], dim, keep.shape[-3], block_q, block_k)
+    count = len(keep) + (0 if chosen is None else chosen.shape[2])
+    chunk = _heads_at_a_time(batch, k.shape[2], dim, count, block_q, block_k)
     chunk = max(1, min(heads, scratch_bytes // chunk))
     parts = []
     for first in range(0, heads, chunk):
         part = slice(first, first + chunk)
-        own = keep[:, part] if keep.dim() == 5 else keep
+        blocks = _Blocks(keep, None if chosen is None else chosen[:, part].to(q.device))
         keys = _Keys.of(k[:, part], v[:, part], block_k)
-        found = _Sums.over(q[:, part], keys, own, block_q, scale, exact=False)
+        found = _Sums.over(q[:, part], keys, blocks, block_q, scale, exact=False)
         if float(found.lowest) < _TINY:
-            found = _Sums.over(q[:, part], keys, own, block_q, scale, exact=True)
+            found = _Sums.over(q[:, part], keys, blocks, block_q, scale, exact=True)
         parts.append(found)
     return CandidateErrors(
         squared_error=torch.cat([p.dropped for p in parts]).cpu(),
@@ -164,6 +166,28 @@ def _key_blocks(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -n % block)).view(batch, heads, -1, block, dim)
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """What candidates keep: [C, QB, KB] for all, then [B, H, S, QB, KB] by sample and head."""
+
+    keep: Tensor
+    chosen: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """C + S, QB and KB."""
+        more = 0 if self.chosen is None else self.chosen.shape[2]
+        return (len(self.keep) + more, self.keep.shape[1], self.keep.shape[2])
+
+    def row(self, i: int) -> Tensor:
+        """0 or 1 for a query block, float32 [C, KB] or [B, H, C + S, KB]."""
+        keep = self.keep[:, i].float()
+        if self.chosen is None:
+            return keep
+        chosen = self.chosen[..., i, :].float()
+        return torch.cat([keep.expand(*chosen.shape[:2], -1, -1), chosen], 2)
+
+
 @dataclass
 class _Tile:
     """What one query block shows; squared values summed over channels, float32.
@@ -232,11 +256,11 @@ class _Sums:
 
     @classmethod
     def over(
-        cls, q: Tensor, keys: _Keys, keep: Tensor, block_q: int, scale: float, *, exact: bool
+        cls, q: Tensor, keys: _Keys, blocks: _Blocks, block_q: int, scale: float, *, exact: bool
     ) -> _Sums:
         """Go through the query blocks."""
         heads, n_q = q.shape[1:3]
-        candidates, query_blocks, key_blocks = keep.shape[-3:]
+        candidates, query_blocks, key_blocks = blocks.sizes
         zeros = q.new_zeros(heads, candidates, dtype=torch.float64)
         sums = cls(
             *(zeros, zeros.clone(), q.new_zeros(heads, dtype=torch.float64), zeros.clone()),
@@ -244,7 +268,7 @@ class _Sums:
             lowest=q.new_ones((), dtype=torch.float32),
         )
         for i, start in enumerate(range(0, n_q, block_q)):
-            own = keep[..., i, :].float()
+            own = blocks.row(i)
             tile = q[:, :, start : start + block_q].float() * scale
             found = (_Tile.exactly if exact else _Tile.of)(tile, keys, own)
             sums.mass[:, i] = found.share.mean(dim=(0, 2))

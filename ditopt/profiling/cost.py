@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditopt.executors import preferred_executor
+from ditopt.kernels.block_selection.api import select_blocks
 from ditopt.kernels.block_sparse_attention.api import block_sparse_attention
 from ditopt.kernels.block_sparse_attention.lists import Pooled
 from ditopt.kernels.block_sparse_attention.pooling import block_means, dropped_bits, log_lengths
@@ -168,6 +169,9 @@ def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> A
             )
 
         runs[f"mean {density}"] = run_with_means
+    runs["select"] = partial(
+        select_blocks, q, k, block_q=block.q, block_k=block.k, rule="top_k", amount=0.25
+    )
     with torch.no_grad():
         spreads = time_interleaved(runs, _ROUNDS)
     return AttentionCost(
@@ -179,6 +183,7 @@ def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> A
         mean_ms=tuple(
             (kept, spreads[f"mean {density}"].median_ms) for density, (kept, _, _) in lists.items()
         ),
+        select_ms=spreads["select"].median_ms,
     )
 
 

@@ -19,6 +19,7 @@ _SAME = (
     "block",
     "options",
     "orders",
+    "selectors",
     "shapes",
     "observed_calls",
     "data_range",

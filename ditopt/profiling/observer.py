@@ -16,8 +16,8 @@ from ditopt.profiling.candidates import SCRATCH_BYTES, candidate_errors
 from ditopt.profiling.cluster_maps import cluster_recall
 from ditopt.profiling.map_record import MapRecord
 from ditopt.profiling.maps import HeadMaps
-from ditopt.profiling.options import OptionSet
-from ditopt.profiling.schema import AttentionOption, SeedRecord, SiteShape
+from ditopt.profiling.options import OptionSet, selected_blocks
+from ditopt.profiling.schema import AttentionOption, SeedRecord, SelectorOption, SiteShape
 
 if TYPE_CHECKING:
     from ditopt.layout import TokenLayout
@@ -84,6 +84,7 @@ class ProfileObserver:
         self._clusters: dict[str, Tensor] = {}
         self._errors: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
+        self._selected: dict[str, Tensor] = {}
         self._grams: dict[int, ResidualGram] = {}
         self._hidden_energy = torch.zeros(self._calls, dtype=torch.float64)
 
@@ -117,6 +118,9 @@ class ProfileObserver:
         errors = self._errors.setdefault(site, zeros)
         norms = self._norms.setdefault(site, zeros[..., 0].clone())
         kept = self._kept.setdefault(site, torch.ones_like(zeros, dtype=torch.float32))
+        none = zeros.new_zeros(*zeros.shape[:2], len(self.selectors))
+        selected = self._selected.setdefault(site, none)
+        chosen = selected_blocks(q, k, self.layout, self.block, scale)
         for order in range(len(self.choices.orders)):
             places, masks = self._masks_of(order, q.shape[2])
             moved = [x if places is None else x[:, :, places.to(x.device)] for x in (q, k, v)]
@@ -125,15 +129,20 @@ class ProfileObserver:
                 block_q=self.block.q,
                 block_k=self.block.k,
                 scale=scale,
+                chosen=chosen if order == 0 else None,
                 scratch_bytes=self._scratch_bytes,
             )
+            static = len(masks)
             dropped, means = self.choices.places(order)
-            errors[row, :, dropped] += found.squared_error
-            errors[row, :, means] += found.mean_error
+            errors[row, :, dropped] += found.squared_error[:, :static]
+            errors[row, :, means] += found.mean_error[:, :static]
             if self._branch == 0:
-                kept[row, :, dropped] = kept[row, :, means] = found.kept_mass.float()
+                masses = found.kept_mass[:, :static].float()
+                kept[row, :, dropped] = kept[row, :, means] = masses
             if order == 0:
                 norms[row] += found.squared_norm
+                by_data = (found.squared_error[:, static:], found.mean_error[:, static:])
+                selected[row] += torch.cat(by_data, 1)
                 if self._branch == 0:
                     self._maps.setdefault(site, {})[row] = HeadMaps.of(found.mass)
 
@@ -160,6 +169,7 @@ class ProfileObserver:
         return SeedRecord(
             squared_error=self._errors,
             squared_norm=self._norms,
+            selector_error=self._selected,
             gram=gram,
             hidden_energy=self._hidden_energy,
             step_energy=step_energy,
@@ -181,6 +191,11 @@ class ProfileObserver:
     def options(self) -> tuple[AttentionOption, ...]:
         """All that is measured at each site; none before the first site was met."""
         return self.choices.options if any(self.choices.patterns) else ()
+
+    @property
+    def selectors(self) -> tuple[SelectorOption, ...]:
+        """Choices by the data that are measured at each site."""
+        return self.choices.selectors
 
     @property
     def middle_call(self) -> int | None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ditopt.patterns import Dense, HeadPattern, block_mask, candidates, orders
-from ditopt.profiling.schema import AttentionOption
+from ditopt.kernels.block_selection.api import select_blocks
+from ditopt.kernels.block_sparse_attention.lists import to_blocks
+from ditopt.patterns import Dense, HeadPattern, PooledTopK, block_mask, candidates, orders
+from ditopt.profiling.schema import AttentionOption, SelectorOption
 from ditopt.token_order import sequence_permutation
 
 if TYPE_CHECKING:
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from ditopt.plan import Block
     from ditopt.profiling.schema import Remainder
     from ditopt.token_order import TokenOrder
+
+
+SELECTORS = tuple(PooledTopK(density=density) for density in (0.125, 0.25, 0.5))
+"""Rules that choose blocks from the data of each call, for all heads of a site."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +79,39 @@ class OptionSet:
         if kind is None or layout is None:
             return None
         return torch.from_numpy(sequence_permutation(kind, layout.fit(tokens)).copy())
+
+    @property
+    def selectors(self) -> tuple[SelectorOption, ...]:
+        """Without remainder, then with means; none where no pattern has a place."""
+        remainders: tuple[Remainder, ...] = ("drop", "mean")
+        return tuple(
+            SelectorOption(selector=selector, remainder=remainder)
+            for remainder in remainders
+            for selector in SELECTORS
+            if any(self.patterns)
+        )
+
+
+def selected_blocks(
+    q: Tensor, k: Tensor, layout: TokenLayout | None, block: Block, scale: float
+) -> Tensor:
+    """Blocks that `SELECTORS` choose for q, k [B, H, N, D]: bool [B, H, S, QB, KB]."""
+    key_blocks = -(-k.shape[2] // block.k)
+    found = []
+    for selector in SELECTORS:
+        forced = None
+        if layout is not None:
+            sizes = (q.shape[2], k.shape[2], block.q, block.k)
+            forced = block_mask(selector.keep, layout, *sizes).to(q.device)
+        lists = select_blocks(
+            *(q, k),
+            block_q=block.q,
+            block_k=block.k,
+            rule="top_k",
+            amount=selector.density,
+            minimum=selector.minimum,
+            forced=forced,
+            scale=scale,
+        )
+        found.append(to_blocks(*lists, key_blocks))
+    return torch.stack(found, 2)

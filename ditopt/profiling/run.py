@@ -216,6 +216,7 @@ def _describe(
         block=observer.block,
         options=observer.options,
         orders=observer.choices.orders,
+        selectors=observer.selectors,
         shapes=observer.shapes,
         observed_calls=observer.observed_calls,
         data_range=workload.data_range,

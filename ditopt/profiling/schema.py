@@ -15,7 +15,7 @@ from torch import Tensor
 from ditopt import files
 from ditopt.errors import FileError, ProfileError
 from ditopt.layout import TokenLayout
-from ditopt.patterns import HeadPattern, density
+from ditopt.patterns import HeadPattern, Selector, density
 from ditopt.plan import Block, Hardware, ModelRecord, Sampler
 from ditopt.token_order import TokenOrder
 
@@ -48,6 +48,18 @@ class AttentionOption(_Part):
     remainder: Remainder = "drop"
 
 
+class SelectorOption(_Part):
+    """A choice for all heads of a site: blocks chosen from each call's data.
+
+    Attributes:
+        selector: the rule.
+        remainder: of the dropped blocks, as for `AttentionOption`.
+    """
+
+    selector: Selector
+    remainder: Remainder = "drop"
+
+
 class SiteShape(_Part):
     """Operands of one profiled attention site: q, k and v are [batch, heads, tokens, head_dim]."""
 
@@ -65,12 +77,14 @@ class AttentionCost(_Part):
         dense_ms: dense scaled-dot-product attention.
         sparse_ms: (density, milliseconds) of the block-sparse executor, all heads in one call.
         mean_ms: the same with the block-mean remainder; empty where it cannot run.
+        select_ms: time that choosing blocks by pooled scores takes on top; null: not measured.
     """
 
     shape: SiteShape
     dense_ms: _Milliseconds
     sparse_ms: Annotated[tuple[tuple[_Density, _Milliseconds], ...], Field(min_length=2)]
     mean_ms: tuple[tuple[_Density, _Milliseconds], ...] = ()
+    select_ms: _Milliseconds | None = None
 
 
 class Costs(_Part):
@@ -103,6 +117,7 @@ class Profile(_Part):
         block: block sizes that the candidates were rounded up to.
         options: choices whose errors were measured, the same for every profiled site.
         orders: token orders that options name; the first is None, the model's own.
+        selectors: choices for all heads of a site whose errors were measured.
         shapes: operands of each profiled site; sites not listed stay dense.
         observed_calls: call indices at which candidate errors were measured.
         data_range: width of the result's value range for PSNR; null: `metrics.value_range` decides.
@@ -123,6 +138,7 @@ class Profile(_Part):
     block: Block
     options: tuple[AttentionOption, ...]
     orders: tuple[TokenOrder | None, ...] = (None,)
+    selectors: tuple[SelectorOption, ...] = ()
     shapes: dict[str, SiteShape]
     observed_calls: tuple[int, ...]
     data_range: float | None
@@ -187,6 +203,7 @@ class SeedRecord(BaseModel):
         gram: [T, T] inner products of the stack's residuals, summed over outputs and branches.
         hidden_energy: [T] squared norm of the stack's outputs, summed likewise.
         step_energy: [T] mean squared change of the sampled tensor that call t leads to.
+        selector_error: per site [O, H, S] squared error of each of the profile's selectors.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
@@ -196,6 +213,7 @@ class SeedRecord(BaseModel):
     gram: Tensor
     hidden_energy: Tensor
     step_energy: Tensor
+    selector_error: dict[str, Tensor] = Field(default_factory=dict)
 
     def save(self, folder: Path, seed: int) -> None:
         """Write `seed_<n>.safetensors` atomically."""
@@ -203,6 +221,8 @@ class SeedRecord(BaseModel):
         for site in self.squared_error:
             tensors[f"squared_error/{site}"] = self.squared_error[site]
             tensors[f"squared_norm/{site}"] = self.squared_norm[site]
+        for site, error in self.selector_error.items():
+            tensors[f"selector_error/{site}"] = error
         with files.atomic_path(seed_path(folder, seed)) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors))
 
@@ -219,6 +239,9 @@ class SeedRecord(BaseModel):
             record = cls(
                 squared_error={s: tensors[f"squared_error/{s}"] for s in profile.shapes},
                 squared_norm={s: tensors[f"squared_norm/{s}"] for s in profile.shapes},
+                selector_error={
+                    s: tensors[f"selector_error/{s}"] for s in profile.shapes if profile.selectors
+                },
                 **{name: tensors[name] for name in ("gram", "hidden_energy", "step_energy")},
             )
         except (OSError, SafetensorError, KeyError) as error:
@@ -243,6 +266,11 @@ class SeedRecord(BaseModel):
                 self.squared_error[site],
             )
             expected[f"squared_norm/{site}"] = ((observed, heads), self.squared_norm[site])
+            if profile.selectors:
+                expected[f"selector_error/{site}"] = (
+                    (observed, heads, len(profile.selectors)),
+                    self.selector_error[site],
+                )
         for field, (sizes, tensor) in expected.items():
             if tuple(tensor.shape) != sizes or not bool(torch.isfinite(tensor).all()):
                 raise ProfileError(

@@ -64,19 +64,24 @@ def test_mass_is_exact_and_says_what_candidates_keep(n_q: int, n_k: int) -> None
     torch.testing.assert_close(found.kept_mass, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_masks_may_differ_by_head_and_sample() -> None:
+def test_chosen_blocks_differ_by_head_and_sample() -> None:
     torch.manual_seed(2)
     q, k, v = torch.randn(3, 2, 3, 48, 8).unbind()
-    keep = torch.rand(2, 3, 4, 3, 6) < 0.5
+    keep, chosen = torch.rand(2, 3, 6) < 0.5, torch.rand(2, 3, 4, 3, 6) < 0.5
     sizes = {"block_q": 16, "block_k": 8, "scale": 0.5}
-    found = candidate_errors(q, k, v, keep, **sizes)
+    found = candidate_errors(q, k, v, keep, chosen=chosen, **sizes)
     for h in range(3):
         parts = [
-            candidate_errors(*(x[b : b + 1, h : h + 1] for x in (q, k, v)), keep[b, h], **sizes)
+            candidate_errors(
+                *(x[b : b + 1, h : h + 1] for x in (q, k, v)),
+                torch.cat([keep, chosen[b, h]]),
+                **sizes,
+            )
             for b in range(2)
         ]
-        error = sum(part.squared_error[0] for part in parts)
-        torch.testing.assert_close(found.squared_error[h], error, rtol=1e-5, atol=1e-9)
+        for name in ("squared_error", "mean_error"):
+            error = sum(getattr(part, name)[0] for part in parts)
+            torch.testing.assert_close(getattr(found, name)[h], error, rtol=1e-5, atol=1e-9)
 
 
 def test_blocks_far_below_the_maximum_stay_exact() -> None:

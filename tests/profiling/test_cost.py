@@ -98,3 +98,6 @@ def test_attention_is_timed_for_real() -> None:
     assert table.dense_ms > 0
     assert table.sparse_ms[0][0] == 1.0
     assert all(ms > 0 for _, ms in table.sparse_ms)
+    assert [kept for kept, _ in table.mean_ms] == [kept for kept, _ in table.sparse_ms]
+    assert all(ms > 0 for _, ms in table.mean_ms)
+    assert table.select_ms is not None

@@ -127,6 +127,11 @@ def test_tensors_hold_errors_and_residuals(tmp_path: Path) -> None:
         assert (first.squared_error[site][..., 0] == 0).all()
         skip = done.options.index(AttentionOption(pattern=Skip()))
         torch.testing.assert_close(first.squared_error[site][..., skip], first.squared_norm[site])
+        assert first.selector_error[site].shape == (3, HEADS, len(done.selectors))
+        # Of one rule, more blocks err less; all of them less than no block at all.
+        by_density = first.selector_error[site][..., :3]
+        assert (by_density.diff(dim=-1) <= 0).all()
+        assert (by_density < first.squared_norm[site][..., None]).all()
     assert not torch.equal(first.gram, second.gram)
     torch.testing.assert_close(first.gram, first.gram.T)
     assert torch.linalg.eigvalsh(first.gram).min() > -1e-6
