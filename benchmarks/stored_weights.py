@@ -4,7 +4,7 @@
 
 Weights are those of the blocks of the embedded video model. PSNR is of one clip for each audit seed
 against the same loop with the weights as they are. What an earlier run wrote to `--output` and
-`--work` is taken up again; `--only` measures some variants. `--latency` times one call, in turns.
+`--work` is taken up again; `--only` measures some variants. `--latency ROUNDS` times layers alone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ if __name__ == "__main__":  # modules beside this one must not hide the standard
     sys.path.append(sys.path.pop(0))
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditopt.demo import demo_workload
 from ditopt.environment import describe_environment
 from ditopt.metrics import psnr
 from ditopt.quantization import LinearRule
-from ditopt.quantization.layer import STORED_FORMATS
+from ditopt.quantization.layer import STORED_FORMATS, compute, derive
 from ditopt.quantization.plans import candidates, uniform_plan
 from ditopt.quantization.statistics import plan_tensors, watch
 from ditopt.quantization.table import linear_rows, totals
@@ -157,21 +158,25 @@ class Bench:
         # The model is float32; half of its bytes are what bf16 takes.
         return quality, size["before"] / 2 / size["after"]
 
-    def latency(self, rounds: int) -> dict[str, float]:
-        """Median milliseconds of one call, compiled by Inductor, variants taking turns."""
-        torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 64
-        args, kwargs = self.first_call()
-        how: dict[str, dict[str, Any]] = {"ditopt": {"backend": "ditopt"}}
-        for label in TIMED:
-            plan = self.uniform(TIMED[label])
-            how[label] = {"backend": "ditopt", "options": {"plan": plan}}
-        runs = {}
-        for label, options in how.items():
-            compiled = torch.compile(self.model, **options)
-            compiled(*args, **kwargs)
-            runs[label] = lambda f=compiled: f(*args, **kwargs)
-        return {label: s.median_ms for label, s in time_interleaved(runs, rounds).items()}
+
+def latency(shape: tuple[int, int, int], rounds: int) -> dict[str, Any]:
+    """Median milliseconds of one compiled layer [M, K, N] by rule, taking turns."""
+    rows, k, n = shape
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, k), torch.randn(n, k), torch.randn(n)
+    plain = torch.compile(F.linear, dynamic=False)
+    runs: dict[str, Any] = {"float32": lambda: plain(x, weight, bias)}
+    for label, fields in TIMED.items():
+        rule = LinearRule.model_validate(fields)
+        made = derive(rule, [weight], [], {})
+
+        def layer(x: Tensor, rule: LinearRule = rule, made: Any = made) -> Any:
+            return compute(rule, x, made, bias, n=n, k=k, dtype=x.dtype, native=True)
+
+        compiled = torch.compile(layer, dynamic=False)
+        runs[label] = lambda f=compiled: f(x)
+    times = time_interleaved(runs, rounds)
+    return {"shape": shape, "ms": {label: spread.median_ms for label, spread in times.items()}}
 
 
 def main() -> None:
@@ -180,7 +185,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for exact clips")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(UNIFORM))
-    parser.add_argument("--latency", type=int, default=0, help="rounds; 0 leaves it out")
+    parser.add_argument("--latency", type=int, default=0, help="rounds; only that is measured")
     options = parser.parse_args()
     result: dict[str, Any] = {"clips": {}}
     if options.output.exists():
@@ -189,6 +194,13 @@ def main() -> None:
     def save() -> None:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
 
+    if options.latency:
+        shapes = ((4096, 256, 1024), (4096, 1024, 256))
+        with torch.no_grad():
+            result["layers"] = [latency(shape, options.latency) for shape in shapes]
+        save()
+        print(json.dumps(result["layers"], indent=1))
+        return
     with torch.no_grad():
         bench = Bench(options.work, options.seeds)
         device = next(bench.model.parameters()).device
@@ -205,9 +217,6 @@ def main() -> None:
                 row["psnr_db"][str(seed)], row["smaller"] = bench.measure(plan, seed)
                 print(label, row, flush=True)
                 save()
-        if options.latency:
-            result["call_ms"] = bench.latency(options.latency)
-            save()
     print(json.dumps(result, indent=1))
 
 
