@@ -13,6 +13,7 @@ from ditopt.search.sensitivity import Alternative, Site, untouched
 from ditopt.search.trajectory import between_observed, call_weights
 
 if TYPE_CHECKING:
+    from ditopt.caching import CacheSchedule
     from ditopt.patterns import HeadPattern
     from ditopt.plan import Plan
     from ditopt.profiling.schema import (
@@ -59,9 +60,13 @@ class AttentionChoices:
         """Token orders that some option is in."""
         return sorted({0, *(option.order for option in self._profile.options)})
 
-    def sites(self, order: int, first_call: int) -> list[Site]:
+    def sites(
+        self, order: int, first_call: int, schedule: CacheSchedule | None = None
+    ) -> list[Site]:
         """The profiled sites, with errors over the calls from `first_call` on."""
-        weights = [call_weights(record, first_call) @ self._between for record in self._records]
+        weights = [
+            call_weights(record, first_call, schedule) @ self._between for record in self._records
+        ]
         found = []
         for site, shape in self._profile.shapes.items():
             error = self._mean_error(site, weights)
@@ -105,7 +110,7 @@ class AttentionChoices:
             kept += [by_option[options[k]] for k in picked]
         return sum(kept) / len(kept) if kept else 1.0
 
-    def energy(self, plan: Plan) -> float:
+    def energy(self, plan: Plan, schedule: CacheSchedule | None) -> float:
         """The error of any plan whose patterns the profile has measured.
 
         Raises:
@@ -114,15 +119,13 @@ class AttentionChoices:
         profile = self._profile
         order = profile.orders.index(plan.order) if plan.order in profile.orders else -1
         per_seed = np.zeros(len(self._records))
-        first = min((p.calls[0] for p in plan.phases if p.attention), default=0)
         for phase in plan.phases:
             for site, patterns in phase.attention.items():
                 remainder = "mean" if site in phase.remainders else "drop"
                 numbers = [self._option(pattern, order, remainder) for pattern in patterns]
                 heads = np.arange(len(numbers))
                 for s, record in enumerate(self._records):
-                    weights = call_weights(record, first)
-                    weights[: phase.calls[0]] = 0.0
+                    weights = call_weights(record, phase.calls[0], schedule)
                     weights[phase.calls[1] :] = 0.0
                     by_call = self._relative[site][s][:, heads, numbers].sum(axis=1)
                     per_seed[s] += float(weights @ self._between @ by_call)

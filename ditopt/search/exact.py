@@ -7,10 +7,13 @@ y <= most``. Options that another one of the same head beats in time and in erro
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,6 +95,19 @@ def solve_bounded(
     return program.solve(sites, minimize, limits)
 
 
+@contextlib.contextmanager
+def _standard_output_kept() -> Iterator[None]:
+    """HiGHS now and then prints a line of its own, which has no place in ``--json -``."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _kept(alternative: Alternative, head: int) -> npt.NDArray[np.int64]:
     """Options of a head that no other one beats, ascending."""
     ms, error = alternative.option_ms, alternative.error[head]
@@ -150,16 +166,17 @@ class _Program:
                 scale = float(np.abs(column).max()) or 1.0
                 constraints.append(LinearConstraint(column[None] / scale, -np.inf, limit / scale))
         goal: Floats = costs[:, 0 if minimize == "ms" else 1]
-        result = milp(
-            goal / (float(np.abs(goal).max()) or 1.0),
-            integrality=np.ones(self._count, dtype=np.int64),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={
-                "node_limit": _MAX_NODES,
-                "mip_rel_gap": 0.0 if self._count <= _SMALL else _GAP,
-            },
-        )
+        with _standard_output_kept():
+            result = milp(
+                goal / (float(np.abs(goal).max()) or 1.0),
+                integrality=np.ones(self._count, dtype=np.int64),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={
+                    "node_limit": _MAX_NODES,
+                    "mip_rel_gap": 0.0 if self._count <= _SMALL else _GAP,
+                },
+            )
         return None if result.x is None else evaluate(sites, self._choices(sites, result.x))
 
     def _structure(self) -> LinearConstraint:

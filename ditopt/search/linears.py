@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ditopt.caching import CacheSchedule
     from ditopt.plan import Plan
     from ditopt.profiling.linears import LinearGroup, LinearProfile
     from ditopt.profiling.schema import SeedRecord
@@ -50,13 +51,13 @@ class LinearChoices:
         self._groups = {_name(group): group for group in profile.groups}
         self._first = {member: group for group in profile.groups for member in group.members}
 
-    def sites(self) -> list[Site]:
+    def sites(self, schedule: CacheSchedule | None = None) -> list[Site]:
         """One site for each group that some format makes faster or smaller.
 
         Errors are the relative squared error of the output at each call, weighted as `trajectory`
         says, over the number of groups.
         """
-        weights = self._weights(0, None, 0)
+        weights = self._weights(0, None, schedule)
         found = []
         for name, group in self._groups.items():
             cost, plain_bytes = self._costs[group.shape], self._plain_bytes(group)
@@ -90,17 +91,16 @@ class LinearChoices:
                 found.update(dict.fromkeys(self._groups[site.id].members, rule))
         return found
 
-    def energy(self, plan: Plan) -> float:
+    def energy(self, plan: Plan, schedule: CacheSchedule | None) -> float:
         """The error of any plan whose formats the profile has measured.
 
         Raises:
             ProfileError: it has not.
         """
         total = 0.0
-        first = min((p.calls[0] for p in plan.phases if p.linear), default=0)
         for phase in plan.phases:
             start, stop = phase.calls
-            weights = self._weights(start, stop, first)
+            weights = self._weights(start, stop, schedule)
             seen = set()
             for layer, rule in phase.linear.items():
                 group = self._first.get(layer)
@@ -135,15 +135,11 @@ class LinearChoices:
         made = operands(rule, sum(group.out_features), group.in_features, self._dtype)
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in made.values())
 
-    def _weights(self, start: int, stop: int | None, first: int) -> Floats:
-        """Of each range, mean over seeds: weights of its calls from `start` to `stop`.
-
-        `first` is the first call at which any layer has a format.
-        """
+    def _weights(self, start: int, stop: int | None, schedule: CacheSchedule | None) -> Floats:
+        """Of each range, mean over seeds: weights of its calls from `start` to `stop`."""
         found = []
         for record in self._records:
-            weights = call_weights(record, first)
-            weights[:start] = 0.0
+            weights = call_weights(record, start, schedule)
             if stop is not None:
                 weights[stop:] = 0.0
             found.append([float(weights[a:b].sum()) for a, b in self.profile.ranges])

@@ -20,7 +20,7 @@ def plan_of(
 ) -> Plan:
     """The candidate as a plan: formats at every call, sparse attention after the dense calls."""
     profile, linears = predictor.profile, predictor.linears
-    sites = predictor.sites(candidate.start, candidate.order)
+    sites = predictor.sites(candidate.start, candidate.order, candidate.schedule)
     choices = candidate.assignment.choices
     rules, means = predictor.attention.rules(choices, sites)
     linear: dict[str, LinearRule] = {}

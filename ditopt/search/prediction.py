@@ -17,7 +17,7 @@ from ditopt.search.attention import AttentionChoices
 from ditopt.search.calibration import Energies
 from ditopt.search.lagrangian import relaxed
 from ditopt.search.sensitivity import TECHNIQUES, Alternative, Site, Technique, untouched
-from ditopt.search.trajectory import cache_energy, call_worth
+from ditopt.search.trajectory import cache_energy, call_weights, call_worth
 
 if TYPE_CHECKING:
     from ditopt.plan import Plan
@@ -93,8 +93,7 @@ class Predictor:
         self.attention = AttentionChoices(profile, records)
         self._techniques, self._max_programs = frozenset(techniques), max_programs
         self._calls = profile.sampler.calls
-        self._linear_sites = linears.sites() if linears and "linears" in techniques else []
-        self._attention_sites: dict[tuple[int, int], list[Site]] = {}
+        self._sites: dict[tuple[int, int, tuple[int, ...] | None], list[Site]] = {}
         gram = torch.stack([record.gram for record in records]).sum(0)
         worth = np.mean([call_worth(record) for record in records], axis=0)
         self._gram, self._drawn = gram, draw_calls(gram, steps=worth.tolist())
@@ -104,6 +103,7 @@ class Predictor:
             self._schedules = search_schedules(gram, weights=worth.tolist())
         self._stack = self._cache_site()
         self._relaxed: dict[object, tuple[Floats, Floats]] = {}
+        self._growths: dict[tuple[tuple[int, ...], int], float] = {}
 
     def schedules(self, full_calls: int) -> Iterator[CacheSchedule]:
         """Schedules with so many full calls: what rules choose, then neighbours of theirs."""
@@ -145,7 +145,7 @@ class Predictor:
         """Weights in their smallest formats."""
         saved = sum(
             site.alternatives[0].bytes - min(a.bytes for a in site.alternatives)
-            for site in self._linear_sites
+            for site in self.sites(self.starts[0], 0)
         )
         return self.dense_bytes - saved
 
@@ -193,20 +193,25 @@ class Predictor:
         """
         if any(phase.selectors for phase in plan.phases):
             raise ProfileError("selectors choose blocks from the data: no error was measured")
-        cache = 0.0
+        schedule, cache = None, 0.0
         if plan.cache is not None:
             schedule = CacheSchedule(self._calls, plan.cache.full, plan.cache.coefficients)
             cache = self._cache_energy(schedule)
-        linears = self.linears.energy(plan) if self.linears is not None else 0.0
-        return Energies(self.attention.energy(plan), linears, cache)
+        linears = self.linears.energy(plan, schedule) if self.linears is not None else 0.0
+        return Energies(self.attention.energy(plan, schedule), linears, cache)
 
-    def sites(self, start: int, order: int) -> list[Site]:
+    def sites(self, start: int, order: int, schedule: CacheSchedule | None = None) -> list[Site]:
         """What sites may choose; times are of one call, errors without gains."""
-        if (start, order) not in self._attention_sites:
-            wanted = "attention" in self._techniques
-            made = self.attention.sites(order, start) if wanted else []
-            self._attention_sites[start, order] = made
-        return [*self._attention_sites[start, order], *self._linear_sites]
+        calls = schedule.full if schedule is not None and schedule.rows else None
+        key = (start, order, calls)
+        if key not in self._sites:
+            made = []
+            if "attention" in self._techniques:
+                made += self.attention.sites(order, start, schedule)
+            if self.linears is not None and "linears" in self._techniques:
+                made += self.linears.sites(schedule)
+            self._sites[key] = made
+        return self._sites[key]
 
     def _cache_site(self) -> Site:
         """The block stack: one alternative for each schedule, the time of all its calls."""
@@ -260,7 +265,7 @@ class Predictor:
                 for order in orders:
                     frame = _Frame(number, start, order)
                     ms, energy = self._bound(frame, model, prices)
-                    ms = ms + stack.fixed_ms + self._permute_ms(frame)
+                    ms = ms + stack.fixed_ms
                     energy = energy + model.gains.cache * float(stack.error.sum())
                     ms = ms * self.profile.sampler.branches
                     goal, limited, limit = (
@@ -274,13 +279,14 @@ class Predictor:
 
     def _bound(self, frame: _Frame, model: ErrorModel, prices: Floats) -> tuple[Floats, Floats]:
         """Milliseconds added to a loop and gained energy [L] when all sites choose at one price."""
-        sites = self.sites(frame.start, frame.order)
+        sites, schedule = self.sites(frame.start, frame.order), self._schedule(frame.schedule)
         ms, energy = np.zeros(len(prices)), np.zeros(len(prices))
         for technique, calls in self._full(frame).items():
             mine = [site for site in sites if site.technique == technique]
             if not mine or not calls:
                 continue
-            gain = getattr(model.gains, technique)
+            first = frame.start if technique == "attention" else 0
+            gain = getattr(model.gains, technique) * self._growth(schedule, first)
             key = (technique, frame.start, frame.order) if technique == "attention" else technique
             if key not in self._relaxed:
                 self._relaxed[key] = relaxed(mine, prices[1:])
@@ -292,8 +298,14 @@ class Predictor:
             energy += np.where(np.isinf(prices), 0.0, gain * relaxed_energy)
         return ms, energy
 
-    def _permute_ms(self, frame: _Frame) -> float:
-        return 0.0
+    def _growth(self, schedule: CacheSchedule, first: int) -> float:
+        """How much more errors from a call on are worth with a schedule than without one."""
+        key = (schedule.full, first)
+        if key not in self._growths:
+            with_it = sum(call_weights(r, first, schedule).sum() for r in self._records)
+            without = sum(call_weights(r, first).sum() for r in self._records)
+            self._growths[key] = float(with_it / without)
+        return self._growths[key]
 
     def _solved(
         self, frame: _Frame, model: ErrorModel, limits: Limits, *, close_gap: bool = True
@@ -303,7 +315,7 @@ class Predictor:
         full = self._full(frame)
         scaled = [
             site.scaled(full[site.technique], getattr(model.gains, site.technique))
-            for site in self.sites(frame.start, frame.order)
+            for site in self._frame_sites(frame)
             if full[site.technique]
         ]
         as_is = evaluate(scaled, {})
@@ -319,10 +331,13 @@ class Predictor:
         found = solve(scaled, minimize, rest, close_gap=close_gap)
         return None if found is None else self._candidate(frame, found, as_is)
 
+    def _frame_sites(self, frame: _Frame) -> list[Site]:
+        return self.sites(frame.start, frame.order, self._schedule(frame.schedule))
+
     def _candidate(self, frame: _Frame, found: Assignment, as_is: Assignment) -> Candidate:
         stack = self._stack.alternatives[frame.schedule]
         raw = dict.fromkeys(("attention", "linears"), 0.0)
-        for site in self.sites(frame.start, frame.order):
+        for site in self._frame_sites(frame):
             raw[site.technique] += site.cost(found.choices.get(site.id, site.as_is))[1]
         ms = stack.fixed_ms + found.ms - as_is.ms
         return Candidate(

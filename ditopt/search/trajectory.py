@@ -6,10 +6,10 @@ last call: ``g_t = s_t exp(GROWTH (1 - t / T))``. Between noise and a mode of th
 v, a flow ``x = (1 - t) data + t noise`` stretches every deviation by ``v^0.5 / ((1 - t)^2 v +
 t^2)^0.5``, about ``1 / (1 - t)``: early errors count most.
 
-Choices at sites err in much the same way at every call, so their amplitudes add up, not their
-energies: ``(sum_t g_t r_t)^2 <= (sum_t g_t) (sum_t g_t r_t^2)``, with equality for a constant
-error; the right side is linear in energies, as the assignment needs it. Forecasts of different
-calls err in different directions: their energies add up.
+What is wrong at a full call is in its residual, and so in every call that is forecast from it:
+``u_j = sum_t g_t c_tj``, with the coefficients c of forecasts, is what a full call j is worth.
+Heads and layers err in different directions at different calls, so energies add up: ``sum_j u_j^2
+r_j^2``. Extrapolation makes u large: fewer full calls, more damage by each.
 """
 
 from __future__ import annotations
@@ -41,12 +41,27 @@ def step_sizes(record: SeedRecord) -> Floats:
     return grown
 
 
-def call_weights(record: SeedRecord, first: int) -> Floats:
-    """[T] ``g_t sum(g)`` for calls from `first` on, 0 before."""
-    sizes = step_sizes(record)
-    sizes[:first] = 0.0
-    weights: Floats = sizes * sizes.sum()
-    return weights
+def call_weights(record: SeedRecord, first: int, schedule: CacheSchedule | None = None) -> Floats:
+    """[T] ``u_j^2`` of the full calls from `first` on, 0 for all others.
+
+    Without a schedule every call is full, and worth what it moves itself.
+    """
+    worth = step_sizes(record)
+    if schedule is not None and schedule.rows:
+        sizes, worth = worth, np.zeros(len(worth))
+        for call in schedule.full:
+            worth[call] = sizes[call]
+        for call, row in schedule.rows.items():
+            for source, coefficient in zip(sources(schedule, call), row, strict=False):
+                worth[source] += sizes[call] * coefficient
+    worth[:first] = 0.0
+    squared: Floats = worth**2
+    return squared
+
+
+def sources(schedule: CacheSchedule, call: int) -> list[int]:
+    """The full calls that a call is forecast from, newest first."""
+    return [full for full in reversed(schedule.full) if full < call]
 
 
 def between_observed(profile: Profile) -> Floats:
@@ -72,6 +87,6 @@ def cache_energy(record: SeedRecord, schedule: CacheSchedule) -> float:
     worth = call_worth(record)
     total = 0.0
     for call, row in schedule.rows.items():
-        sources = [full for full in reversed(schedule.full) if full < call][: len(row)]
-        total += float(worth[call]) * forecast_error(record.gram, call, sources, row)
+        stored = sources(schedule, call)[: len(row)]
+        total += float(worth[call]) * forecast_error(record.gram, call, stored, row)
     return total

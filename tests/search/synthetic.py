@@ -89,7 +89,7 @@ def make_profile(
         generator = torch.Generator().manual_seed(seed)
         errors, norms = {}, {}
         for layer, site in enumerate(ids):
-            difficulty = torch.logspace(-3, -0.5, heads).double() * (1 + layer % 7)
+            difficulty = torch.logspace(-5, -2.5, heads).double() * (1 + layer % 7)
             errors[site] = (difficulty[:, None] * (1 - kept) ** 2 * share).repeat(3, 1, 1)
             norms[site] = torch.ones(3, heads, dtype=torch.float64)
         time = torch.linspace(0, 1, calls, dtype=torch.float64)[:, None]
@@ -115,8 +115,8 @@ def make_linears(layers: int = 3, width: int = 64) -> LinearProfile:
             rows=LAYOUT.tokens,
             in_features=k,
             out_features=(n,),
-            error=((4e-3 / (1 + layer),) * 2, (1e-3 / (1 + layer),) * 2),
-            direction_error=((2e-3 / (1 + layer),) * 2, (5e-4 / (1 + layer),) * 2),
+            error=((4e-5 / (1 + layer),) * 2, (1e-5 / (1 + layer),) * 2),
+            direction_error=((2e-5 / (1 + layer),) * 2, (5e-6 / (1 + layer),) * 2),
             outliers={},
             range_amax=(1.0, 1.0),
         )
