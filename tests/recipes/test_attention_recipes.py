@@ -40,7 +40,7 @@ PATTERNS: tuple[HeadPattern, ...] = (
     Window(frames=3, rows=8, cols=16),
     Window(frames=1, rows=8, cols=16),
     MultiDiagonal(period="frame", width=0),
-    Stripe(unit="frame", every=6),
+    Stripe(unit="frame", every=6, reach=1),
     FrameTile(references=1),
     FrameTile(references=3),
     Skip(),
@@ -199,6 +199,13 @@ def test_frame_tiles_follow_a_budget_by_layer() -> None:
         SITES[0]: (FrameTile(references=1),) * HEADS,
         SITES[1]: (FrameTile(references=3),) * HEADS,
     }
+
+
+def test_stripes_of_whole_frames_are_frame_tiles() -> None:
+    stripe = Stripe(unit="frame", every=3)
+    given = profile(options=tuple(AttentionOption(pattern=p) for p in (Dense(), stripe)))
+    (phase,) = AttentionRecipe.load("efficient_vdit").plan(given, records(given)).phases
+    assert phase.attention == dict.fromkeys(SITES, (stripe,) * HEADS)
 
 
 def test_frame_tiles_must_have_been_measured() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,12 +43,12 @@ class Ground:
     sites: tuple[str, ...]
     calls: tuple[int, int]
 
-    def measured(self, kinds: Sequence[str]) -> list[int]:
-        """Options of the profile with patterns of these kinds, in the model's order, dropped."""
+    def measured(self, fits: Callable[[HeadPattern], bool]) -> list[int]:
+        """Options of the profile with such patterns, in the model's order, the rest dropped."""
         return [
             index
             for index, option in enumerate(self.profile.options)
-            if option.pattern.kind in kinds and option.order == 0 and option.remainder == "drop"
+            if option.order == 0 and option.remainder == "drop" and fits(option.pattern)
         ]
 
     def relative_errors(self, site: str) -> Tensor:

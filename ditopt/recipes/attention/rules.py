@@ -13,10 +13,12 @@ from ditopt.patterns import (
     Circle,
     Clusters,
     ExactTopK,
+    FrameTile,
     HeadPattern,
     PooledPercentile,
     PooledThreshold,
     PooledTopK,
+    Stripe,
     TwoMasks,
     Window,
 )
@@ -26,6 +28,8 @@ from ditopt.recipes.attention.base import Density, Ground, Rule, Share, needs_vi
 from ditopt.token_order import Morton, Tile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ditopt.profiling.schema import Profile
     from ditopt.token_order import TokenOrder
 
@@ -84,7 +88,7 @@ class SparseVDiT(Rule):
     def phases(self, ground: Ground) -> tuple[Phase, ...]:
         """See `Rule`."""
         profile = ground.profile
-        (dense,) = ground.measured(["dense"])[:1]
+        dense = ground.measured(_of("dense"))[0]
         chosen: dict[int, dict[str, tuple[HeadPattern, ...]]] = {}
         for site in ground.sites:
             kept = profile.kept(profile.shapes[site])
@@ -105,9 +109,9 @@ class SparseVDiT(Rule):
 
     def _modes(self, ground: Ground, kept: tuple[float, ...]) -> list[int]:
         """Of each mode the measured option whose density is nearest to `density`."""
-        found = []
-        for kinds in (["skip"], ["band", "window"], ["multi_diagonal"], ["stripe"]):
-            options = ground.measured(kinds)
+        found: list[int] = []
+        for kinds in (("skip",), ("band", "window"), ("multi_diagonal",), ("stripe",)):
+            options = ground.measured(_of(*kinds))
             found += sorted(options, key=lambda option: abs(kept[option] - self.density))[:1]
         if not found:
             raise PlanError("the profile measured none of the recipe's patterns")
@@ -123,7 +127,7 @@ class FrameTiles(Rule):
     def phases(self, ground: Ground) -> tuple[Phase, ...]:
         """See `Rule`."""
         needs_video(ground, "Efficient-vDiT")
-        profile, masks = ground.profile, ground.measured(["frame_tile"])
+        profile, masks = ground.profile, ground.measured(_is_frame_mask)
         if not masks:
             raise PlanError("the profile measured no frame tiles, which the recipe chooses from")
         chosen: dict[str, tuple[HeadPattern, ...]] = {}
@@ -275,6 +279,17 @@ class ClusteredTokens(Rule):
         """See `Rule`."""
         settings = self.model_dump(include={"mass", "queries", "keys", "least", "first", "later"})
         return one_phase(ground, selectors=dict.fromkeys(ground.sites, Clusters(**settings)))
+
+
+def _of(*kinds: str) -> Callable[[HeadPattern], bool]:
+    return lambda pattern: pattern.kind in kinds
+
+
+def _is_frame_mask(pattern: HeadPattern) -> bool:
+    """Own frame and reference frames; of equal masks a profile may measure either kind."""
+    if isinstance(pattern, Stripe):
+        return pattern.unit == "frame" and pattern.reach == 0
+    return isinstance(pattern, FrameTile)
 
 
 def _sparse(
