@@ -54,10 +54,10 @@ def summary(evidence: Evidence) -> Summary:
     predicted = None if plan.predicted is None else plan.predicted.speedup
     speedup = measured or predicted
     title = f"Plan for {plan.model.name}"
-    if speedup is not None and audit is not None:
-        title = f"{speedup:.2f}× as fast at {audit.mean:.1f} dB"
-    elif speedup is not None:
-        title = f"{speedup:.2f}× as fast, not verified"
+    if speedup is not None:
+        sure = "" if measured is not None else " (predicted)"
+        quality = ", not verified" if audit is None else f" at {audit.mean:.1f} dB"
+        title = f"{speedup:.2f}× as fast{sure}{quality}"
     said = [] if predicted is None else [f"Predicted {predicted:.2f}× the speed of dense sampling"]
     if said and measured is not None:
         said.append(f"measured {measured:.2f}×")
@@ -103,7 +103,7 @@ def _plan_tiles(evidence: Evidence, audit: Quality | None, measured: float | Non
     if plan.predicted is not None:
         note = f"{plan.predicted.seconds:.3g} s for one loop"
         tiles.append(Tile("Predicted speedup", f"{plan.predicted.speedup:.2f}", "×", note))
-    note = "dense loop over the plan's" if measured else "`ditopt bench` measures it"
+    note = "dense loop over the plan's" if measured else "ditopt bench measures it"
     tiles.append(
         Tile(
             "Measured speedup",

@@ -17,6 +17,7 @@ from ditopt.report import Decision
 from ditopt.report_page import build, write_report
 from ditopt.report_page.decisions import formats, grouped
 from ditopt.report_page.schedule import schedule
+from ditopt.report_page.summary import summary
 from ditopt.workload import load_workload
 
 from .folders import (
@@ -76,6 +77,24 @@ def test_the_headline_has_speed_and_quality(whole):
     assert "Predicted 2.40× the speed of dense sampling, measured 2.30×." in written.lead
     assert "the goal was PSNR ≥ 30 dB" in written.lead
     assert "minimum 30.2, 10th percentile 30.3" in text
+
+
+@pytest.mark.parametrize(
+    ("left_out", "title"),
+    [
+        ({}, "2.40× as fast (predicted) at 30.9 dB"),
+        ({"verification": ()}, "2.40× as fast (predicted), not verified"),
+        ({"verification": (), "predicted": None}, "Plan for ToyDiT"),
+    ],
+)
+def test_what_was_not_measured_is_not_claimed(left_out, title, tmp_path):
+    plan = make_plan(write_profile(tmp_path / "prof", maps=False))
+    plan.model_copy(update=left_out).save(tmp_path / "plan.yaml")
+    evidence = build.Evidence.load(tmp_path / "prof", tmp_path / "plan.yaml")
+    found = summary(evidence)
+    assert found.title == title
+    assert ("A plan written by hand" in found.lead) == ("predicted" in left_out)
+    assert {tile.name: tile.value for tile in found.tiles}["Measured speedup"] == "–"
 
 
 def test_the_page_needs_nothing_else(whole):
