@@ -173,7 +173,9 @@ def measure(maker: Maker, workload: Workload, work: Path, count: int, seeds: Seq
                 continue
             started = time.perf_counter()
             with torch.no_grad():
-                decibels = sample_db(workload, Plan.load(path), seed, _dense(workload, work, seed))
+                decibels = sample_db(
+                    workload, Plan.load(path), seed, dense_result(workload, work, seed)
+                )
             measured.setdefault(str(number), {})[str(seed)] = decibels
             kept.write_text(json.dumps(measured, indent=1) + "\n")
             seconds = time.perf_counter() - started
@@ -184,7 +186,7 @@ def measure(maker: Maker, workload: Workload, work: Path, count: int, seeds: Seq
             )
 
 
-def _dense(workload: Workload, work: Path, seed: int) -> torch.Tensor:
+def dense_result(workload: Workload, work: Path, seed: int) -> torch.Tensor:
     path = work / f"dense_{seed}.safetensors"
     if not path.exists():
         save_file({"result": workload.run(seed).cpu().contiguous()}, path)
