@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import itertools
 import json
 import sys
@@ -37,10 +38,12 @@ from ditopt.recipes import QuantizationRecipe
 if TYPE_CHECKING:
     from ditopt.plan import Plan
 
+RECORDED_STEPS = 5
+"""Of the trajectory that blocks are recorded on: the sampler's own, in fewer steps."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "vidit_q": {"per_range": False},
-    "vq4dit": {"steps": 24, "words_rate": 2e-3, "ratio_rate": 0.2},
     "lrq_dit": {},
+    "vq4dit": {"steps": 16, "words_rate": 3e-3, "ratio_rate": 0.3},
 }
 RECORDED_CALLS = 4
 
@@ -84,7 +87,8 @@ def codebooks(bench: Bench, settings: Calibration, folder: Path) -> tuple[Any, A
     if not path.exists():
         blocks = blocks_of(bench.graph, bench.sites)
         tensors, told = calibrate(
-            bench.workload,
+            # Loading the demo's workload has made its package known.
+            importlib.import_module("tiny_video.workload").workload(steps=RECORDED_STEPS),
             blocks,
             settings,
             calls=RECORDED_CALLS,
@@ -129,7 +133,7 @@ def main() -> None:
             if name == "vq4dit":
                 rule: Any = recipe.rule_with(setting)
                 tensors, row["blocks"] = codebooks(bench, rule.calibration(), options.work)
-                row["recorded_calls"] = RECORDED_CALLS
+                row |= {"recorded_calls": RECORDED_CALLS, "recorded_steps": RECORDED_STEPS}
             plan = recipe.plan(profile, linears, setting, tensors=tensors)
             row["layers"] = chosen(plan)
             for seed in bench.seeds:

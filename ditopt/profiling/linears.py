@@ -47,6 +47,7 @@ __all__ = [
     "LinearCost",
     "LinearGroup",
     "LinearProfile",
+    "MeasureLinears",
     "load_statistics",
     "measure_linear_costs",
     "profile_linears",

@@ -211,9 +211,14 @@ def test_tensors_that_are_missing_are_named() -> None:
         QuantizationRecipe.load("vq4dit").plan(profile(), layers(), tensors={})
 
 
-def test_layers_that_no_format_fits_are_left_alone_and_named() -> None:
-    first, *rest = layers().groups
-    odd = layers(groups=(first.model_copy(update={"in_features": 511}), *rest))
-    plan = QuantizationRecipe.load("vidit_q").plan(profile(), odd, tensors=tensors(odd))
-    assert "blocks.0.attn1.to_q" not in plan.phases[0].linear
-    assert any("left alone" in a and "blocks.0.attn1.to_q" in a for a in plan.assumptions)
+@pytest.mark.parametrize("name", NAMES)
+def test_other_layers_are_left_alone_and_named(name: str) -> None:
+    """One of a width that no format takes, and the last projection."""
+    first, *rest, last = layers().groups
+    odd = first.model_copy(update={"in_features": 511})
+    out = last.model_copy(update={"members": ("proj_out",)})
+    found = layers(groups=(odd, *rest, out))
+    plan = QuantizationRecipe.load(name).plan(profile(), found, tensors=tensors(found))
+    assert len(plan.phases[0].linear) == len(rest)
+    (note,) = (a for a in plan.assumptions if a.startswith("left alone"))
+    assert note.endswith(": blocks.0.attn1.to_q, proj_out")

@@ -33,6 +33,18 @@ class Ground:
     profile: Profile
     linears: LinearProfile
 
+    def groups(self, rule: LinearRule) -> list[LinearGroup]:
+        """Layers of numbered blocks that can have the rule.
+
+        Embedders and the last projection stay as they are, as in every one of the papers.
+        """
+        return [
+            group
+            for group in self.linears.groups
+            if misfit(rule, group.in_features) is None
+            and any(part.isdigit() for part in group.members[0].split("."))
+        ]
+
     def role(self, group: LinearGroup) -> Role:
         """Kind of the attention whose module holds the layers; `ff` outside of attentions."""
         layer = group.members[0]
@@ -73,8 +85,3 @@ def bits(rule: LinearRule, group: LinearGroup) -> float:
     n, k = sum(group.out_features), group.in_features
     parts = operands(rule, n, k, torch.bfloat16).values()
     return 8.0 * sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
-
-
-def fits(rule: LinearRule, group: LinearGroup) -> bool:
-    """Whether layers of the group's width can have the rule."""
-    return misfit(rule, group.in_features) is None

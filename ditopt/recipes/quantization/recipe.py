@@ -59,7 +59,8 @@ class QuantizationRecipe(RecipeFile[QuantizationRule]):
         alone = [record.id for record in linears.records if record.id not in named]
         notes = [f"recipe {self.name}, arXiv {self.paper.arxiv}, not verified by sampling"]
         if alone:
-            notes.append(f"left alone, since their width fits no format: {', '.join(alone)}"[:2000])
+            why = "outside of the blocks, or of a width that the format does not take"
+            notes.append(f"left alone, {why}: {', '.join(alone)}"[:2000])
         plan = Plan(
             model=profile.model.model_copy(update={"linears": linears.records}),
             sampler=profile.sampler,

@@ -10,7 +10,7 @@ from ditopt.errors import PlanError
 from ditopt.plan import Phase
 from ditopt.quantization import LinearRule
 from ditopt.quantization.block_calibration import Calibration
-from ditopt.recipes.quantization.base import Ground, Rule, bits, fits
+from ditopt.recipes.quantization.base import Ground, Rule, bits
 from ditopt.recipes.quantization.budget import Unit, raised
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class MixedPrecision(Rule):
             PlanError: even all in 4 bits are above the budget.
         """
         low, high = self.candidates()
-        groups = [g for g in ground.linears.groups if fits(low, g)]
+        groups = ground.groups(low)
         spans = ground.linears.ranges
         pieces = [[r] for r in range(len(spans))] if self.per_range else [[*range(len(spans))]]
         places = [(k, piece) for piece in pieces for k in range(len(groups))]
@@ -133,14 +133,13 @@ class AdaptiveRotation(Rule):
         """
         mild, salient = self.candidates()
         found: dict[str, LinearRule] = {}
-        for group in ground.linears.groups:
+        for group in ground.groups(mild):
             if "fluctuation" not in group.outliers:
                 raise PlanError(
                     "the profile of linear layers knows no fluctuation", remedy="Profile again."
                 )
             rule = salient if group.outliers["fluctuation"] >= self.threshold else mild
-            if fits(rule, group):
-                found |= dict.fromkeys(group.members, rule)
+            found |= dict.fromkeys(group.members, rule)
         return (Phase(calls=(0, ground.profile.sampler.calls), linear=found),)
 
 
@@ -172,8 +171,7 @@ class CalibratedCodebook(Rule):
     def phases(self, ground: Ground) -> tuple[Phase, ...]:
         """See `Rule`."""
         (rule,) = self.candidates()
-        groups = [g for g in ground.linears.groups if fits(rule, g)]
-        found = {member: rule for group in groups for member in group.members}
+        found = {member: rule for group in ground.groups(rule) for member in group.members}
         return (Phase(calls=(0, ground.profile.sampler.calls), linear=found),)
 
 
