@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,11 +87,11 @@ def _ranges(seeds: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class FormatTable:
-    """Formats of linear layers in one phase: a row for each role, a column for each block.
+    """Formats of linear layers: a row for each role, a column for each block.
 
     Attributes:
-        name: calls of the phase.
-        columns: numbers of blocks.
+        name: the calls.
+        columns: numbers of blocks; empty for layers outside of any.
         rows: role, and for each column (text, family, full words) or None where there is no layer.
     """
 
@@ -99,23 +100,27 @@ class FormatTable:
     rows: tuple[tuple[str, tuple[tuple[str, str, str] | None, ...]], ...]
 
 
-def formats(phase: Phase, linears: Iterable[str]) -> FormatTable:
-    """The layers that a plan knows, those that it leaves alone among them."""
+def formats(phases: Sequence[Phase], linears: Iterable[str]) -> list[FormatTable]:
+    """The layers that a plan knows, by phase; phases with equal formats share one table."""
     roles: dict[str, dict[str, str]] = {}
     for layer in linears:
         match = _BLOCK.match(layer)
         role, block = (f"{match[1]}.*.{match[3]}", match[2]) if match else (layer, "")
         roles.setdefault(role, {})[block] = layer
-    blocks = sorted({block for row in roles.values() for block in row}, key=lambda b: int(b or -1))
-    rows = tuple(
-        (
-            role,
-            tuple(_cell(row[block], phase.linear) if block in row else None for block in blocks),
+    named = {block for row in roles.values() for block in row}
+    blocks = sorted(named, key=lambda block: (not block, int(block or 0)))  # outside of any: last
+    found = []
+    for rules, equal in groupby(phases, key=lambda phase: phase.linear):
+        if not rules:
+            continue
+        ranges = [phase.calls for phase in equal]
+        rows = tuple(
+            (role, tuple(_cell(row[b], rules) if b in row else None for b in blocks))
+            for role, row in roles.items()
         )
-        for role, row in roles.items()
-    )
-    name = f"calls {phase.calls[0]} to {phase.calls[1] - 1}"
-    return FormatTable(name, tuple(blocks), rows)
+        name = f"calls {ranges[0][0]} to {ranges[-1][1] - 1}"
+        found.append(FormatTable(name, tuple(blocks), rows))
+    return found
 
 
 def _cell(layer: str, rules: dict[str, LinearRule]) -> tuple[str, str, str]:

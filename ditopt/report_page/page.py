@@ -85,10 +85,8 @@ def render(
     has_maps = found is not None and found["maps"] is not None
     parts.add("maps", has_maps, Missing("Attention maps were not recorded.", (profile_it,)))
     parts.add("steps", None if plan is None else schedule(plan), no_plan)
-    tables = []
-    if plan is not None and plan.model.linears:
-        layers = [linear.id for linear in plan.model.linears]
-        tables = [formats(phase, layers) for phase in plan.phases if phase.linear]
+    layers = [] if plan is None else [linear.id for linear in plan.model.linears]
+    tables = [] if plan is None else formats(plan.phases, layers)
     parts.add("formats", tables, _no_formats(evidence, make_plan))
     drawn = [] if search is None else [charts.pareto(search, plan), charts.scatter(search)]
     no_search = Missing("No search is recorded in this folder.", (make_plan,))

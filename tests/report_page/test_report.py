@@ -282,7 +282,9 @@ def test_skipped_calls_name_what_they_are_made_of(tmp_path):
 
 def test_formats_are_told_by_role_and_block(tmp_path):
     plan = make_plan(write_profile(tmp_path / "prof", maps=False))
-    table = formats(plan.phases[1], [linear.id for linear in plan.model.linears])
+    layers = [linear.id for linear in plan.model.linears]
+    (table,) = formats(plan.phases, layers)
+    assert table.name == "calls 4 to 11"
     assert table.columns == ("0", "1", "2")
     cells = dict(table.rows)
     assert cells["blocks.*.attn1.to_q"][0] == ("·", "none", "blocks.0.attn1.to_q: left alone")
@@ -292,7 +294,10 @@ def test_formats_are_told_by_role_and_block(tmp_path):
         "blocks.2.ff.down: int8_row, balance",
     )
     stored = LinearRule(format="int4_group", activation="int8_row", transform="rotate_twice")
-    (_, (cell,)), *_ = formats(Phase(calls=(0, 1), linear={"head": stored}), ["head"]).rows
+    phases = [Phase(calls=calls, linear={"head": stored}) for calls in ((0, 2), (2, 9))]
+    (table,) = formats(phases, ["head"])  # the same in both
+    assert table.name == "calls 0 to 8"
+    ((_, (cell,)),) = table.rows
     assert cell == ("int4", "format4", "head: int4_group, int8_row, rotate_twice")
 
 
