@@ -9,6 +9,7 @@ import typer
 
 from ditopt.cli.common import JsonPath, WorkloadSpec, show
 from ditopt.cli.sizes import parse_bytes
+from ditopt.errors import ConfigError
 from ditopt.progress import terminal_progress
 
 
@@ -56,6 +57,11 @@ def profile(
     from ditopt.profiling import profile as measure
     from ditopt.workload import load_workload
 
+    if linears and for_device is not None:
+        raise ConfigError(
+            "--linears times layers on this machine, --for-device wants no measurement",
+            remedy="Leave one of the two out.",
+        )
     memory = {} if memory_budget is None else {"memory_bytes": parse_bytes(memory_budget, 1 << 20)}
     spec = ProfileSpec(
         first_seed=first_seed, for_device=for_device, measure_again=measure_again, **memory
@@ -65,9 +71,11 @@ def profile(
         with terminal_progress() as progress:
             result = measure(loaded, out, seeds, progress, spec, source=loaded.origin)
             if linears:
+                from ditopt.profiling.cost_cache import kept_linear_costs
                 from ditopt.profiling.linears import profile_linears
 
-                profile_linears(loaded, out, progress)
+                kept = kept_linear_costs(result.hardware, again=measure_again)
+                profile_linears(loaded, out, progress, measure=kept)
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command resumes the profile", err=True)
         raise

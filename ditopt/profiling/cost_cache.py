@@ -10,20 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 import ditopt
 from ditopt import files
 from ditopt.errors import FileError
+from ditopt.profiling.linear_costs import measure_linear_costs
+from ditopt.profiling.linear_schema import LinearCost
 from ditopt.profiling.schema import AttentionCost
 
 if TYPE_CHECKING:
+    import torch
+
     from ditopt.plan import Block, Hardware
+    from ditopt.profiling.linear_costs import MeasureLinears
     from ditopt.profiling.schema import SiteShape
+
+Table = TypeVar("Table", bound=BaseModel)
 
 
 def cache_folder() -> Path:
@@ -48,15 +56,58 @@ def attention_table(
         hardware: of this machine.
         measure: makes the table where none is kept.
         again: measure whatever is kept.
-
-    A table that cannot be read is measured anew; one that cannot be kept is used all the same.
     """
-    path = cache_folder() / f"attention-{_key(shape, block, hardware)}.json"
+    facts = {"block": block.model_dump(), "shape": shape.model_dump()}
+    return _kept("attention", facts, hardware, AttentionCost, measure, again)
+
+
+def kept_linear_costs(hardware: Hardware, *, again: bool = False) -> MeasureLinears:
+    """`measure_linear_costs` that measures a shape once per machine."""
+
+    def measure(
+        shapes: Sequence[tuple[int, int, int]],
+        formats: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> tuple[LinearCost, ...]:
+        found = []
+        for shape in shapes:
+            facts = {"shape": shape, "formats": sorted(formats), "dtype": str(dtype)}
+            one = partial(_one_shape, shape, formats, device, dtype)
+            found.append(_kept("linear", facts, hardware, LinearCost, one, again)[0])
+        return tuple(found)
+
+    return measure
+
+
+def _one_shape(
+    shape: tuple[int, int, int], formats: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> LinearCost:
+    return measure_linear_costs([shape], formats, device, dtype)[0]
+
+
+def _kept(
+    kind: str,
+    facts: dict[str, Any],
+    hardware: Hardware,
+    schema: type[Table],
+    measure: Callable[[], Table],
+    again: bool,
+) -> tuple[Table, bool]:
+    """A table that is kept or made; one that cannot be read is made anew, and kept if possible."""
+    whole = {
+        **facts,
+        "ditopt": ditopt.__version__,
+        "hardware": hardware.model_dump(),
+        "fields": sorted(schema.model_fields),
+    }
+    key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
+    path = cache_folder() / f"{kind}-{key}.json"
     if not again and path.is_file():
         try:
-            return AttentionCost.model_validate_json(files.read_text(path)), True
+            return schema.model_validate_json(files.read_text(path)), True
         except (ValidationError, FileError):
-            pass  # of another version, or damaged: the measurement below replaces it
+            pass  # damaged: the measurement below replaces it
     table = measure()
     try:
         files.make_folder(path.parent)
@@ -64,14 +115,3 @@ def attention_table(
     except FileError:
         pass  # a read-only home: the next profile measures again
     return table, False
-
-
-def _key(shape: SiteShape, block: Block, hardware: Hardware) -> str:
-    facts = {
-        "ditopt": ditopt.__version__,
-        "hardware": hardware.model_dump(),
-        "block": block.model_dump(),
-        "shape": shape.model_dump(),
-        "fields": sorted(AttentionCost.model_fields),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

@@ -180,6 +180,12 @@ def test_a_bad_memory_budget_is_refused(workload, monkeypatch, capsys, text, mes
     assert message in capsys.readouterr().err
 
 
+def test_layers_are_not_timed_for_another_device(workload, monkeypatch, capsys):
+    options = ("-o", "prof", "--linears", "--for-device", "L40S")
+    assert run_main(monkeypatch, "profile", workload, *options) == 2
+    assert "--for-device wants no measurement" in capsys.readouterr().err
+
+
 def test_merge_passes_its_folders_on(fake):
     seen = {}
 
@@ -216,7 +222,7 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work(workload, mo
         (("--min-psnr", "35"), {"min_psnr_db": 35.0}),
         (("--target-speedup", "2"), {"target_speedup": 2.0}),
         (
-            ("--min-ssim", "0.9", "--max-memory", "1.5"),
+            ("--min-ssim", "0.9", "--max-memory", "1.5MiB"),
             {"min_ssim": 0.9, "max_memory_bytes": 3 << 19},
         ),
     ],

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ditopt.errors import ProfileError
 from ditopt.plan import Block, Hardware
 from ditopt.profiling import cost_cache
-from ditopt.profiling.cost_cache import attention_table, cache_folder
+from ditopt.profiling.cost_cache import attention_table, cache_folder, kept_linear_costs
+from ditopt.profiling.linear_schema import LinearCost
 from ditopt.profiling.roofline import (
     DEVICES,
     Device,
@@ -118,6 +119,26 @@ def test_a_machine_measures_a_shape_once(measured: Any, monkeypatch: pytest.Monk
         assert not measured(**changes)[1], changes
     monkeypatch.setattr(cost_cache.ditopt, "__version__", "0.0.0")
     assert not measured()[1]
+
+
+def test_shapes_of_layers_are_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def measure(shapes: Any, formats: Any, device: Any, dtype: Any) -> Any:
+        made.extend(shapes)
+        return tuple(LinearCost(shape=s, plain_ms=1.0, format_ms={}) for s in shapes)
+
+    monkeypatch.setattr(cost_cache, "measure_linear_costs", measure)
+    facts = (["int8_row"], torch.device("cpu"), torch.float32)
+    first = kept_linear_costs(HERE)([(8, 16, 32), (8, 32, 16)], *facts)
+    assert first == kept_linear_costs(HERE)([(8, 16, 32), (8, 32, 16)], *facts)
+    assert made == [(8, 16, 32), (8, 32, 16)]
+    kept_linear_costs(HERE)([(8, 16, 32)], ["fp8_row"], *facts[1:])
+    kept_linear_costs(HERE, again=True)([(8, 16, 32)], *facts)
+    assert made[2:] == [(8, 16, 32), (8, 16, 32)]
 
 
 def test_a_damaged_table_is_measured_again(measured: Any) -> None:
