@@ -30,8 +30,10 @@ def plan(
         float | None, typer.Option("--target-speedup", metavar="X", help="Dense time over plan's.")
     ] = None,
     max_memory: Annotated[
-        float | None,
-        typer.Option("--max-memory", metavar="MIB", help="Weights and stored residuals."),
+        str | None,
+        typer.Option(
+            "--max-memory", metavar="AMOUNT", help="Weights and stored residuals, as in 512MiB."
+        ),
     ] = None,
     max_programs: Annotated[
         int, typer.Option("--max-programs", metavar="N", min=1, help="Different block programs.")
@@ -49,6 +51,7 @@ def plan(
     json_path: JsonPath = None,
 ) -> None:
     """Search the fastest plan that keeps a quality (30 dB unless told), or the best of the rest."""
+    from ditopt.cli.sizes import parse_bytes
     from ditopt.plan import Goal
     from ditopt.search import LoopSpec, SearchOptions, find_plan
     from ditopt.search.pareto import pareto_table
@@ -59,7 +62,7 @@ def plan(
         min_psnr_db=min_psnr,
         min_ssim=min_ssim,
         target_speedup=target_speedup,
-        max_memory_bytes=None if max_memory is None else int(max_memory * 2**20),
+        max_memory_bytes=None if max_memory is None else parse_bytes(max_memory),
     )
     options = SearchOptions.parse(
         techniques, max_programs=max_programs, loop=LoopSpec(audit_seeds=audit_seeds)

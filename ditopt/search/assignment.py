@@ -102,8 +102,11 @@ def solve(
     from ditopt.search import exact, lagrangian
 
     kinds = families(sites)
+    if not sites:
+        nothing = evaluate(sites, {})
+        return nothing if limits.allow(kinds, nothing) else None
     found = lagrangian.solve(sites, kinds, minimize, limits)
-    if not sites or not close_gap or exact.variables(sites, MAX_VARIABLES) > MAX_VARIABLES:
+    if not close_gap or exact.variables(sites, MAX_VARIABLES) > MAX_VARIABLES:
         return found.best
     best = exact.solve(sites, minimize, limits)
     if best is not None and not limits.allow(kinds, best):

@@ -42,6 +42,7 @@ class AttentionChoices:
     def __init__(self, profile: Profile, records: Sequence[SeedRecord]) -> None:
         self._profile, self._records = profile, records
         self._between = between_observed(profile)
+        self._densities: dict[SiteShape, Floats] = {}
         self._costs = (
             {cost.shape: cost for cost in profile.costs.attention} if profile.costs else {}
         )
@@ -106,8 +107,8 @@ class AttentionChoices:
                 continue
             number, picked = choices[site]
             options = by_id[site].alternatives[number].options
-            by_option = self._profile.kept(shape)
-            kept += [by_option[options[k]] for k in picked]
+            by_option = self._kept(shape)
+            kept += [float(by_option[options[k]]) for k in picked]
         return sum(kept) / len(kept) if kept else 1.0
 
     def energy(self, plan: Plan, schedule: CacheSchedule | None) -> float:
@@ -141,7 +142,7 @@ class AttentionChoices:
         if not table or all(self._profile.options[k].pattern.kind == "dense" for k in numbers):
             return None
         fixed_ms, full_ms = cost_line(table)
-        kept = np.array(self._profile.kept(shape))[numbers]
+        kept = self._kept(shape)[numbers]
         return Alternative(
             name=remainder,
             fixed_ms=fixed_ms,
@@ -150,6 +151,12 @@ class AttentionChoices:
             error=error[:, numbers],
             options=tuple(numbers),
         )
+
+    def _kept(self, shape: SiteShape) -> Floats:
+        """[C] fraction of blocks that each option keeps, looked up once for a shape."""
+        if shape not in self._densities:
+            self._densities[shape] = np.array(self._profile.kept(shape))
+        return self._densities[shape]
 
     def _mean_error(self, site: str, weights: Sequence[Floats]) -> Floats:
         per_seed = [

@@ -40,7 +40,7 @@ _SMALL = 2_000
 def variables(sites: Sequence[Site], enough: int) -> int:
     """How many binaries heads need; only a bound where that is far above `enough`."""
     bound = sum(a.error.size for site in sites for a in site.alternatives)
-    if bound > 8 * enough:
+    if bound > 4 * enough:
         return bound
     return sum(
         _kept(a, head).size for s in sites for a in s.alternatives for head in range(s.heads)

@@ -30,7 +30,7 @@ _NEAREST = 4
 _BYTE_PRICES = 16
 _TINY = 1e-30
 
-_MOVES = 50
+_MOVES = 20
 """Heads that change after all others, to use up what room is left."""
 
 
@@ -149,11 +149,13 @@ def fill(
             choices[site.id] = (numbers[site.id], tuple(int(option) for option in options))
         return evaluate(sites, choices)
 
+    curves = [(site.curves, numbers[site.id]) for site in sites]
+    falling = np.stack([c.prices for c, _ in curves])
+    sums = np.stack([(c.error if bounded == "error" else c.ms)[number] for c, number in curves])
+
     def total(price: float) -> float:
-        return sum(
-            float(site.curves.at(price)[1 if bounded == "error" else 0][numbers[site.id]])
-            for site in sites
-        )
+        k = (falling > price).sum(axis=1).clip(max=falling.shape[1] - 1)
+        return float(np.take_along_axis(sums, k[:, None], 1).sum())
 
     exact, fast = at(high), at(0.0)
     kept, broken = (exact, fast) if minimize == "ms" else (fast, exact)

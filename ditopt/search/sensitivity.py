@@ -68,6 +68,11 @@ class Curves:
     error: Floats
     bytes: Floats
 
+    @cached_property
+    def rising(self) -> Floats:
+        """[L] minus the prices, to search in."""
+        return -self.prices
+
     @classmethod
     def of(cls, alternatives: Sequence[Alternative]) -> Curves:
         """One choice per head, alternative and price."""
@@ -90,7 +95,7 @@ class Curves:
 
     def at(self, price: float) -> tuple[Floats, Floats]:
         """Milliseconds and error [A] at a price of the grid, the next lower one."""
-        k = min(int(np.searchsorted(-self.prices, -price)), len(self.prices) - 1)
+        k = min(int(self.rising.searchsorted(-price)), len(self.prices) - 1)
         return self.ms[:, k], self.error[:, k]
 
 
