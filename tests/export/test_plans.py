@@ -62,6 +62,7 @@ def test_8_bit_layers_are_stored_as_8_bits_and_need_no_operator_of_ours(
     assert ours == {"ditopt.block_sparse_attention.default"}
 
 
+@pytest.mark.slow
 def test_a_wrong_scale_is_no_rounding(
     workload: Workload, rounded: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
