@@ -16,6 +16,9 @@ from ditopt.report_page.pictures import Sheets, sheets
 from ditopt.workload import Workload, load_workload
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ditopt.pictures import Frames
     from ditopt.report import Decision
 
 
@@ -152,12 +155,21 @@ def _pictures(evidence: Evidence, source: _Source) -> Sheets | Missing:
             )
         try:
             workload = source.load()
+            if workload.frames is None:
+                return Missing("The workload has no function `frames` that draws its results.")
+            return sheets(seed, *(_frames(workload, kind["result"]) for kind in (dense, optimized)))
         except DitoptError as error:
             return Missing(f"Results cannot be turned into frames: {error}")
-        if workload.frames is None:
-            return Missing("The workload has no function `frames` that turns results into frames.")
-        return sheets(seed, workload.frames(dense["result"]), workload.frames(optimized["result"]))
     return Missing("Results of the audit seeds are not in this folder.", (plan_it,))
+
+
+def _frames(workload: Workload, result: Tensor) -> Frames:
+    """A result as pictures; what the workload's own code raises names its place."""
+    assert workload.frames is not None
+    try:
+        return workload.frames(result)
+    except Exception as error:
+        raise WorkloadError(f"Workload.frames failed: {type(error).__name__}: {error}") from error
 
 
 def _decisions(evidence: Evidence, source: _Source, explain: bool) -> list[Decision] | Missing:

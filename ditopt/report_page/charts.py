@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ditopt.report_page.decisions import EQUAL_DB
+
 if TYPE_CHECKING:
     from ditopt.plan import Plan
     from ditopt.search.record import SearchRecord, Trial
 
 _WIDTH, _HEIGHT = 560, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 22, 50
-_DRAWN_DB = 100.0
-"""Above it a result is equal up to rounding, and has no place on an axis of decibels."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def axis(values: Sequence[float], start: float, stop: float, unit: str) -> Axis:
 def pareto(search: SearchRecord, plan: Plan | None) -> Chart | None:
     """Predicted speed and quality of the frontier, and what sampling made of the trials."""
     points = sorted(
-        (point for point in search.frontier if point.predicted_psnr_db < _DRAWN_DB),
+        (point for point in search.frontier if point.predicted_psnr_db < EQUAL_DB),
         key=lambda point: point.predicted_speedup,
     )
     trials = _drawn(search)
@@ -155,8 +155,8 @@ def _drawn(search: SearchRecord) -> list[tuple[Trial, float, float]]:
     return [
         (trial, trial.predicted_psnr_db, measured)
         for trial in search.trials
-        if trial.predicted_psnr_db is not None and trial.predicted_psnr_db < _DRAWN_DB
-        if (measured := statistics.fmean(trial.measured_psnr_db)) < _DRAWN_DB
+        if trial.predicted_psnr_db is not None and trial.predicted_psnr_db < EQUAL_DB
+        if (measured := statistics.fmean(trial.measured_psnr_db)) < EQUAL_DB
     ]
 
 

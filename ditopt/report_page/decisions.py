@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ditopt.report import Decision
 
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.*)$")
+EQUAL_DB = 100.0
+"""From here on results are equal up to rounding, and have no place on an axis of decibels."""
+
 _DOTS_WIDTH = 140.0
 _SHORT = {
     "fp8_row": ("fp8", "format8"),
@@ -57,14 +60,14 @@ class Check:
 def checks(records: Sequence[Verification], goal: Goal | None) -> list[Check]:
     """Every verification of a plan on one scale of decibels."""
     wanted = None if goal is None else goal.min_psnr_db
-    values = [min(value, 100.0) for record in records for value in record.psnr_db]
+    values = [min(value, EQUAL_DB) for record in records for value in record.psnr_db]
     values += [] if wanted is None else [wanted]
     if not values:
         return []
     low, span = min(values), max(max(values) - min(values), 1e-9)
 
     def place(value: float) -> float:
-        return round(5 + (min(value, 100.0) - low) / span * (_DOTS_WIDTH - 10), 1)
+        return round(5 + (min(value, EQUAL_DB) - low) / span * (_DOTS_WIDTH - 10), 1)
 
     return [
         Check(

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ditopt.report_page.decisions import Quality
+from ditopt.report_page.decisions import EQUAL_DB, Quality
 
 if TYPE_CHECKING:
     from ditopt.plan import Goal, Plan, Verification
@@ -57,6 +57,8 @@ def summary(evidence: Evidence) -> Summary:
     if speedup is not None:
         sure = "" if measured is not None else " (predicted)"
         quality = ", not verified" if audit is None else f" at {audit.mean:.1f} dB"
+        if audit is not None and audit.mean >= EQUAL_DB:
+            quality = ", equal up to rounding"
         title = f"{speedup:.2f}× as fast{sure}{quality}"
     said = [] if predicted is None else [f"Predicted {predicted:.2f}× the speed of dense sampling"]
     if said and measured is not None:

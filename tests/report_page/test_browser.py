@@ -84,7 +84,7 @@ class Tab:
         return self.driver.execute_script(script, *arguments)
 
     def wait(self, script):
-        for _ in range(100):
+        for _ in range(400):
             if self.run(script):
                 return
             time.sleep(0.05)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from ditopt.cli import app
 from ditopt.errors import PlanError, ProfileError
-from ditopt.plan import Phase, Plan
+from ditopt.plan import Phase, Plan, Verification
 from ditopt.quantization import LinearRule
 from ditopt.report import Decision
 from ditopt.report_page import build, write_report
@@ -79,12 +80,25 @@ def test_the_headline_has_speed_and_quality(whole):
     assert "minimum 30.2, 10th percentile 30.3" in text
 
 
+EXACT = Verification(
+    purpose="audit",
+    seeds=(2000,),
+    psnr_db=(200.0,),
+    mean_psnr_db=200.0,
+    min_psnr_db=200.0,
+    p10_psnr_db=200.0,
+    passed=True,
+    adopted=True,
+)
+
+
 @pytest.mark.parametrize(
     ("left_out", "title"),
     [
         ({}, "2.40× as fast (predicted) at 30.9 dB"),
         ({"verification": ()}, "2.40× as fast (predicted), not verified"),
         ({"verification": (), "predicted": None}, "Plan for ToyDiT"),
+        ({"verification": (EXACT,)}, "2.40× as fast (predicted), equal up to rounding"),
     ],
 )
 def test_what_was_not_measured_is_not_claimed(left_out, title, tmp_path):
@@ -252,6 +266,11 @@ def test_a_workload_can_be_given(tmp_path):
     (tmp_path / "plain.py").write_text(WORKLOAD.replace(", frames=frames", ""))
     plain = load_workload(str(tmp_path / "plain.py"))
     assert "no function `frames`" in write_report(*arguments, workload=plain).sections["frames"]
+    broken = replace(plain, frames=lambda result: result.nothing)
+    assert (
+        "Workload.frames failed: AttributeError"
+        in (write_report(*arguments, workload=broken).sections["frames"])
+    )
 
 
 def test_decisions_are_listed_on_request(whole, monkeypatch):
