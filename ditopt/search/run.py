@@ -163,11 +163,21 @@ def starting_model(data_range: float | None) -> ErrorModel:
 def predictor_of(
     folder: Path, profile: Profile, records: Sequence[SeedRecord], options: SearchOptions
 ) -> tuple[Predictor, tuple[str, ...]]:
-    """What the profile folder lets the search predict, and notes on what it does not."""
+    """What the profile folder lets the search predict, and notes on what it does not.
+
+    Raises:
+        ProfileError: the profile of the linear layers is of another model.
+    """
     found = LinearProfile.load(folder)
     linears = None
     if found is not None:
-        dtype = getattr(torch, next(iter(profile.shapes.values())).dtype)
+        if found.weights != profile.model.weights:
+            raise ProfileError(
+                "linears.json is of another model than profile.json: weights differs",
+                remedy="Profile again with --linears.",
+            )
+        known = [getattr(torch, shape.dtype) for shape in profile.shapes.values()]
+        dtype = known[0] if known else torch.float32
         linears = LinearChoices(found, load_statistics(folder), records, dtype)
     predictor = Predictor(profile, records, linears, options.techniques, options.max_programs)
     return predictor, found.notes if found is not None else ()

@@ -342,6 +342,15 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
         SearchRecord.load(tmp_path)
 
 
+def test_linear_layers_of_another_model_are_refused(tmp_path: Path) -> None:
+    make_profile(tmp_path)
+    save_linears(tmp_path)
+    path = tmp_path / "linears.json"
+    path.write_text(path.read_text().replace("b" * 64, "c" * 64))
+    with pytest.raises(ProfileError, match=r"linears.json is of another model"):
+        plan_from_profile(tmp_path, Goal(min_psnr_db=30.0), verify=lambda plan, seeds: [])
+
+
 def test_half_a_profile_is_refused(tmp_path: Path) -> None:
     profile = make_profile(tmp_path)
     profile.model_copy(update={"finished": (0,), "costs": None}).save(tmp_path)
