@@ -21,7 +21,7 @@ from ditopt.export.verify import worst_error
 
 from .engines import with_int8
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 RUNNER = Path(__file__).parents[2] / "examples" / "engine_runner"
 
 

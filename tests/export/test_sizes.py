@@ -20,6 +20,9 @@ from ditopt.export.run import export
 from ditopt.export.schema import TensorSpec
 from ditopt.export.sizes import Range, find, parse
 from ditopt.export.verify import worst_error
+from ditopt.quantization import LinearRule
+from ditopt.quantization.plans import uniform_plan
+from ditopt.torch_backend import compiled_graphs
 from ditopt.workload import Workload
 
 
@@ -204,3 +207,27 @@ def test_edited_ranges_are_refused_by_name(
     edit(document["call"])
     with pytest.raises(EngineError, match=message):
         Manifest.from_text(json.dumps(document))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_8_bit_layers_go_with_open_sizes(format: str, tmp_path: Path) -> None:
+    """Scales belong to rows, so a plan that names formats alone needs no size."""
+    torch.manual_seed(0)
+    model = Latents().eval().requires_grad_(False)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="ditopt_eager")(**given())
+    graph = compiled_graphs(model)[-1]
+    torch.compiler.reset()
+    layer = [site for site in graph.linear if site.id == "layer"]
+    plan = uniform_plan(model, graph, LinearRule(format="int8_row"), layer, calls=2)
+    workload = workload_of(model, given())
+    report = export(
+        workload, tmp_path / "engine", plan, format=format, dynamic=("batch", "resolution")
+    )
+    assert report.engine_error < 1e-5
+    engine = Engine.load(tmp_path / "engine")
+    for size in ((1, 8, 12), (3, 16, 24), (8, 4, 4)):
+        call = given(*size)
+        assert 1e-4 < worst_error(engine(**call), model(**call)) < 0.02
