@@ -27,7 +27,6 @@ def bench(
     """Measure eager, torch.compile, ditopt, ditopt with the plan and an engine side by side."""
     from ditopt.bench import FIRST_SEED
     from ditopt.bench import bench as measure
-    from ditopt.export.sample import bench_variants
     from ditopt.tables import bench_table
     from ditopt.workload import load_workload
 
@@ -35,6 +34,8 @@ def bench(
     loaded = load_workload(workload)
     variants, engine_plan = None, None
     if engine is not None:
+        from ditopt.export.sample import bench_variants
+
         variants, engine_plan = bench_variants(loaded, plan, engine, expect_sha256)
     with terminal_progress() as progress:
         result = measure(
