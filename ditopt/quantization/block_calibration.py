@@ -8,6 +8,7 @@ kept where the decided words are nearer to the float block than k-means' words a
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One block: squared error of its output, relative to k-means' words.
+    """One block: squared error of its output, relative to k-means' words at the same call.
 
     Attributes:
         path: of the module.
-        after: with the decided words; above 1, k-means' words are kept.
+        after: with the decided words, mean over calls; above 1, k-means' words are kept.
         decided: share of the pieces that were decided before the last step's argmax.
     """
 
@@ -161,11 +162,12 @@ def _calibrate_block(
         return torch.stack(errors).sum()
 
     @torch.no_grad()
-    def whole(parts: Mapping[str, Mapping[str, Tensor]]) -> float:
+    def errors(parts: Mapping[str, Mapping[str, Tensor]]) -> list[float]:
         given = {k: _decoded(made, weights[k]) for k, made in parts.items()}
-        return sum(float(error(given, example)) for example in examples) / len(examples)
+        return [max(float(error(given, example)), 1e-30) for example in examples]
 
-    start = max(whole(first), 1e-30)
+    # Of each call its own, since errors differ by orders of magnitude over the trajectory.
+    start = errors(first)
     optimizer = torch.optim.RMSprop(
         [
             {"params": [one.words for one in soft.values()], "lr": settings.words_rate},
@@ -177,14 +179,15 @@ def _calibrate_block(
         with torch.enable_grad():
             mixed = {layer: one.weight() for layer, one in soft.items()}
             undecided = torch.stack([one.undecided() for one in soft.values()]).mean()
-            loss = error(mixed, examples[step % len(examples)]) / start + undecided
+            turn = step % len(examples)
+            loss = error(mixed, examples[turn]) / start[turn] + undecided
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         for one in soft.values():
             one.settle(settings.settled)
     last = {layer: one.parts() for layer, one in soft.items()}
-    after = whole(last) / start
+    after = statistics.fmean(b / a for a, b in zip(start, errors(last), strict=True))
     shares = [one.ratios.amax(1) > settings.settled for one in soft.values()]
     report = BlockRecord(path, after, float(torch.cat(shares).float().mean()))
     return (last if after <= 1 else first), report
