@@ -268,6 +268,7 @@ def main() -> None:
         "workload": workload.title,
         "profile_seeds": list(predictor.profile.seeds),
         "seeds": list(seeds),
+        "plans_wanted": options.plans,
         **predict(predictor, options.work, data_range),
     }
     print(json.dumps({k: v for k, v in result.items() if k != "plans"}, indent=1))

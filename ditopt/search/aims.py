@@ -151,7 +151,7 @@ class QualityAim:
                 self._predicted_db(trial) - self._goal_db - self._surplus_db(trial.outcome)
                 for trial in failed
             )
-            shortfall = self.margin_db - self._surplus_db(failed[-1].outcome)
+            shortfall = max(_WORTH_DB, self.margin_db - self._surplus_db(failed[-1].outcome))
             self._level_db = self._needed_db + max(0.0, wrong) + (len(failed) - 1) * shortfall
         else:
             highest = max(self._predicted_db(trial) for trial in failed)
