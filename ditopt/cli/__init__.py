@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from ditopt.cli import engines, measured, planning, profiles, reports
+from ditopt.cli import engines, measured, planning, profiles, recipes, reports
 from ditopt.cli.entry import run_app
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ _COMMANDS: tuple[Callable[..., Any], ...] = (  # as `ditopt --help` lists them
     profiles.profile,
     profiles.merge,
     planning.plan,
+    recipes.recipe,
     planning.explain,
     reports.report,
     engines.export,

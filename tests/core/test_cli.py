@@ -14,7 +14,7 @@ from ditopt.errors import DitoptWarning, PlanError, ProfileError, VerificationEr
 from ditopt.inspection import Explanation
 from ditopt.report import Decision
 
-COMMANDS = ("inspect", "profile", "plan", "explain", "report", "bench", "demo")
+COMMANDS = ("inspect", "profile", "plan", "recipe", "explain", "report", "bench", "demo")
 WORKLOAD = """
 import torch
 from ditopt import Workload
@@ -305,3 +305,43 @@ def test_causes_are_found_through_chains():
     assert isinstance(find_cause(wrapped), ProfileError)
     assert find_cause(RuntimeError("alone")) is None
     assert isinstance(find_cause(VerificationError("x")), VerificationError)
+
+
+def test_recipe_knows_its_names_and_settings(monkeypatch, capsys, tmp_path):
+    out = str(tmp_path / "plan.yaml")
+    assert run_main(monkeypatch, "recipe", "svg3", str(tmp_path), "-o", out) == 2
+    assert "no recipe 'svg3'" in capsys.readouterr().err
+    assert run_main(monkeypatch, "recipe", "svg2", str(tmp_path), "-o", out, "--set", "mass") == 2
+    assert "--set: expected KEY=VALUE, got 'mass'" in capsys.readouterr().err
+    for name in ("svg2", "vidit_q"):
+        assert run_main(monkeypatch, "recipe", name, str(tmp_path), "-o", out) == 2
+        assert "holds no profile" in capsys.readouterr().err
+    assert not (tmp_path / "plan.yaml").exists()
+
+
+def test_recipe_hands_over_settings_as_yaml(fake, tmp_path):
+    asked = []
+
+    class Made:
+        def save(self, path):
+            asked.append(path)
+
+        def model_dump(self, mode):
+            return {"made": True}
+
+    def make(folder, name, setting):
+        asked.append((name, setting))
+        return Made()
+
+    fake(
+        "recipes",
+        plan_of_recipe=make,
+        plan_of_recipe_for_linears=make,
+        attention_recipe_names=lambda: ("window",),
+        quantization_recipe_names=lambda: (),
+    )
+    out = tmp_path / "plan.yaml"
+    settings = ("--set", "density=0.25", "--set", "frames=3")
+    result = invoke("recipe", "window", "prof", "-o", str(out), *settings, "--json", "-")
+    assert json.loads(result.stdout) == {"made": True}
+    assert asked == [("window", {"density": 0.25, "frames": 3}), out]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ditopt.errors import PlanError
+from ditopt.errors import PlanError, ProfileError
 from ditopt.plan import Plan
 from ditopt.quantization.codebook import CALIBRATED
 from ditopt.quantization.transforms import NEEDS
@@ -91,3 +92,26 @@ def _needed(phases: tuple[Phase, ...], tensors: Mapping[str, Tensor]) -> dict[st
 def quantization_recipe_names() -> tuple[str, ...]:
     """The quantizations that ship with ditopt."""
     return QuantizationRecipe.names()
+
+
+def plan_of_recipe_for_linears(
+    folder: str | os.PathLike[str], name: str, setting: Mapping[str, Any] | None = None
+) -> Plan:
+    """The plan of a recipe for the profile of layers in a folder.
+
+    Raises:
+        ProfileError: no finished profile, or none of the layers.
+        PlanError: no such recipe, an unknown setting, or the profile lacks what the rule reads.
+    """
+    from ditopt.profiling.linears import LinearProfile, load_statistics
+    from ditopt.profiling.schema import load_complete
+
+    profile, _ = load_complete(folder)
+    linears = LinearProfile.load(folder)
+    if linears is None:
+        raise ProfileError(
+            f"{os.fspath(folder)!r} holds no profile of the linear layers",
+            remedy="Run `ditopt profile --linears` into it.",
+        )
+    recipe = QuantizationRecipe.load(name)
+    return recipe.plan(profile, linears, setting, tensors=load_statistics(folder))
