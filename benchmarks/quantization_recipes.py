@@ -43,7 +43,7 @@ RECORDED_STEPS = 5
 SETTINGS: dict[str, dict[str, Any]] = {
     "vidit_q": {"per_range": False},
     "lrq_dit": {},
-    "vq4dit": {"steps": 20, "words_rate": 1e-3},
+    "vq4dit": {"steps": 20, "words_rate": 1e-3, "ratio_rate": 0.3},
 }
 RECORDED_CALLS = 4
 

@@ -49,7 +49,7 @@ class BlockRecord:
     Attributes:
         path: of the module.
         after: with the decided words, mean over calls; above 1, k-means' words are kept.
-        decided: share of the pieces that were decided before the last step's argmax.
+        decided: share of the pieces that ratios had decided at half of the steps.
     """
 
     path: str
@@ -175,6 +175,7 @@ def _calibrate_block(
         ],
         alpha=0.9,
     )
+    decided = 0.0
     for step in range(settings.steps):
         with torch.enable_grad():
             mixed = {layer: one.weight() for layer, one in soft.items()}
@@ -184,18 +185,24 @@ def _calibrate_block(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        if step == settings.steps // 2:
+            decided = _decided(soft, settings.settled)
         for one in soft.values():
-            one.settle(settings.settled)
+            # What is left undecided at half of the steps is decided, so that words fit decisions.
+            one.settle(settings.settled if 2 * step < settings.steps else 0.0)
     last = {layer: one.parts() for layer, one in soft.items()}
     after = statistics.fmean(b / a for a, b in zip(start, errors(last), strict=True))
-    shares = [one.ratios.amax(1) > settings.settled for one in soft.values()]
-    report = BlockRecord(path, after, float(torch.cat(shares).float().mean()))
+    report = BlockRecord(path, after, decided)
     return (last if after <= 1 else first), report
 
 
 def _nearest_parts(soft: Assignments) -> dict[str, Tensor]:
     """K-means' words, each piece with its nearest: where the calibration begins."""
     return {name: value.clone() for name, value in soft.parts().items()}
+
+
+def _decided(soft: Mapping[str, Assignments], share: float) -> float:
+    return float(torch.cat([one.ratios.amax(1) > share for one in soft.values()]).float().mean())
 
 
 def _decoded(parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
