@@ -86,8 +86,10 @@ def test_the_shipped_order_holds() -> None:
         "select_sparse_pattern",
         "fuse_heads",
         "select_blocks_online",
+        "select_head_orders",
         "search_hierarchically",
         "linearize_attention",
+        "substitute_means",
     ]
     assert set(BACKENDS) == {"eager", "inductor"}
     assert all(name == backend.name for name, backend in BACKENDS.items())
