@@ -11,42 +11,27 @@ import torch
 from torch import nn
 
 from ditopt import fingerprint
+from ditopt.attention_choices import AttentionChoices, grid_of
 from ditopt.errors import CaptureError, DitoptWarning, StrictModeError
 from ditopt.gating import runtime_gate
 from ditopt.hoist import varying_inputs
-from ditopt.infer_layout import infer_grid, site_geometry
+from ditopt.infer_layout import infer_grid
 from ditopt.linear_choices import linear_choices, statistics_of
 from ditopt.part_maker import Phase
-from ditopt.patterns import Clusters, Hierarchical, TwoMasks
-from ditopt.plan.schema import LinearRemainder, remainder_tensor
 from ditopt.program import ProgramBuilder
 from ditopt.report import Decision
 from ditopt.runtime import CudaGraphs, InputRoles, StepRuntime, StepSchedule, TrajectoryTracker
-from ditopt.site_inputs import (
-    BlockMeans,
-    Choice,
-    HeadChoice,
-    LinearPart,
-    OrderChoice,
-    Remainder,
-    SearchChoice,
-    SelectorChoice,
-)
 from ditopt.stack import Stack, find_stack, unseen_inputs
-from ditopt.symbols import is_symbolic
 
 if TYPE_CHECKING:
     from ditopt.backends.base import Backend
     from ditopt.capture import Captured
     from ditopt.config import Options
-    from ditopt.infer_layout import Grid
-    from ditopt.patterns import BlockSelector
     from ditopt.plan import Plan
     from ditopt.plan.checks import SiteLike
     from ditopt.plan.schema import Phase as PlanPhase
     from ditopt.quantization import LinearRule
     from ditopt.runtime import Gate
-    from ditopt.sites import AttentionSite
     from ditopt.torch_backend import Compiled
 
 _trackers: weakref.WeakKeyDictionary[nn.Module, dict[int, TrajectoryTracker]] = (
@@ -92,16 +77,16 @@ class Linker:
         phases, schedule, stack = [Phase()], None, None
         if self.plan is not None:
             self._check(self.plan)
+            attention = AttentionChoices(self.plan, self.captured, self.record, self.options)
             phases = [
-                Phase(self._choices(self.plan, p), self._linear_choices(self.plan, p))
-                for p in self.plan.phases
+                Phase(attention.of(p), self._linear_choices(self.plan, p)) for p in self.plan.phases
             ]
             stack = self._cached_stack(self.plan)
             schedule = plan_schedule(
                 self.plan,
                 self._gate(self.plan, stack),
                 cached=stack is not None,
-                keeps_lists=self._keeps_lists(self.plan),
+                keeps_lists=attention.keep_lists(),
             )
             if stack is None and len(phases) > 1:
                 stack = _whole(self.captured)
@@ -117,7 +102,7 @@ class Linker:
         self.builder = builder
         roles = self._roles()
         order = self.plan.order if self.plan is not None else None
-        grid = self._grid(self.plan) if self.plan is not None else None
+        grid = grid_of(self.plan, self.record) if self.plan is not None else None
         probe = _probed(self.plan) if schedule is not None and schedule.gate is not None else 0
         programs = builder.build(phases, stack, roles, self._varying(roles), order, grid, probe)
         self.record.decisions += builder.decisions
@@ -203,16 +188,8 @@ class Linker:
             warnings.warn(note, DitoptWarning, stacklevel=2)
             self._decide("plan", True, note)
 
-    def _choices(self, plan: Plan, phase: PlanPhase) -> dict[str, Choice | str]:
-        """For each site that the plan names, its choice, or why it cannot be used here."""
-        return {
-            site.id: self._choice(plan, site, phase)
-            for site in self.record.attention
-            if site.id in phase.attention or site.id in phase.selectors
-        }
-
     def _linear_choices(self, plan: Plan, phase: PlanPhase) -> dict[str, LinearRule | str]:
-        """The same for linear layers."""
+        """For each linear layer that the plan names, its format, or why it cannot be used here."""
         if not phase.linear:
             return {}
         here = (self.captured, self.record.linear, self.inputs)
@@ -221,57 +198,6 @@ class Linker:
             reason = "the graph has no linear layer of this name"
             self.record.decisions.append(Decision(site, "quantize_linears", False, reason))
         return found
-
-    def _choice(self, plan: Plan, site: AttentionSite, phase: PlanPhase) -> Choice | str:
-        if self.captured.prefix:
-            return (
-                f"a graph break makes {self.captured.prefix} a graph of its own, "
-                "which equal modules share"
-            )
-        grid = self._grid(plan)
-        if self.record.grid is None and grid is not None and is_symbolic(site.tokens_q):
-            return (
-                "the plan knows the token grid of one resolution, and this graph serves several; "
-                "compile with dynamic=False"
-            )
-        if grid is None:
-            return "the token grid is unknown"
-        geometry = site_geometry(self.captured, site, grid)
-        if isinstance(geometry, str):
-            return geometry
-        remainder = _remainder(plan, site, phase)
-        if isinstance(remainder, str):
-            return remainder
-        place = (geometry, grid, plan.block.q, plan.block.k, plan.order, remainder)
-        selector = phase.selectors.get(site.id)
-        if isinstance(selector, Hierarchical):
-            return SearchChoice(selector, geometry, grid, plan.order)
-        if isinstance(selector, (Clusters, TwoMasks)):
-            return OrderChoice(selector, *place)
-        if selector is not None:
-            return SelectorChoice(self._refreshed(selector), *place)
-        return HeadChoice(tuple(phase.attention[site.id]), *place)
-
-    def _keeps_lists(self, plan: Plan) -> bool:
-        """Whether selectors keep something from call to call; says where they cannot."""
-        selectors = [s for phase in plan.phases for s in phase.selectors.values()]
-        wanted = any(getattr(selector, "refresh", 1) > 1 for selector in selectors)
-        if wanted and self.options.cuda_graphs:
-            reason = "a CUDA graph does the same work at every call: blocks are chosen at every one"
-            self._decide("keep_lists", False, reason)
-            wanted = False
-        return wanted or any(isinstance(selector, Clusters) for selector in selectors)
-
-    def _refreshed(self, selector: BlockSelector) -> BlockSelector:
-        """A selector whose lists may be kept here."""
-        if selector.refresh == 1 or not self.options.cuda_graphs:
-            return selector
-        return selector.model_copy(update={"refresh": 1})
-
-    def _grid(self, plan: Plan) -> Grid | None:
-        if self.record.grid is not None or plan.layout is None:
-            return self.record.grid
-        return plan.layout.frames, plan.layout.height, plan.layout.width
 
     def _cached_stack(self, plan: Plan) -> Stack | None:
         """The block stack that the plan's skip calls leave out; None where nothing is cached."""
@@ -334,19 +260,6 @@ class Linker:
         if key not in by_plan or by_plan[key].schedule != schedule:
             by_plan[key] = TrajectoryTracker(schedule, model=type(self.root).__name__)
         return by_plan[key]
-
-
-def _remainder(plan: Plan, site: AttentionSite, phase: PlanPhase) -> Remainder | str | None:
-    """What stands for the blocks that a site leaves out, or why it cannot."""
-    rule = phase.remainders.get(site.id)
-    if rule is None:
-        return None
-    if not isinstance(rule, LinearRemainder):
-        return BlockMeans()
-    projection = plan.tensors.get(remainder_tensor(site.id))
-    if projection is None:
-        return f"the plan's side file lacks {remainder_tensor(site.id)!r}"
-    return LinearPart(rule.phi, projection)
 
 
 def plan_schedule(
