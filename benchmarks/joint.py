@@ -56,6 +56,9 @@ SEARCHED: dict[str, tuple[Technique, ...]] = {
 }
 
 
+_KINDS = ("caching", "attention")
+
+
 class Samples:
     """PSNR of plans by seed, kept in a file; stands for the sampler of a search."""
 
@@ -114,12 +117,17 @@ def search_stage(folder: Path, samples: Samples, goal_db: float, spec: LoopSpec)
 
 
 def quality_stage(
-    folder: Path, samples: Samples, goal_db: float, tune: Sequence[int], audit: Sequence[int]
+    folder: Path,
+    samples: Samples,
+    goal_db: float,
+    tune: Sequence[int],
+    audit: Sequence[int],
+    kinds: Sequence[str],
 ) -> dict[str, Any]:
     """Every recipe with its best settings, and the audit of all plans on the same seeds."""
     profile, records = load_complete(folder)
     found: dict[str, Any] = {}
-    for name, tried in _baselines(folder, profile, records, samples.workload):
+    for name, tried in _baselines(folder, profile, records, samples.workload, kinds):
         print(name, flush=True)
         chosen = _chosen(tried, samples, goal_db, tune)
         if chosen is None:
@@ -147,12 +155,16 @@ Tried = list[tuple[dict[str, Any], Plan]]
 
 
 def _baselines(
-    folder: Path, profile: Profile, records: Sequence[SeedRecord], workload: Workload
+    folder: Path,
+    profile: Profile,
+    records: Sequence[SeedRecord],
+    workload: Workload,
+    kinds: Sequence[str],
 ) -> Iterator[tuple[str, Tried]]:
     """Recipes with all plans that they may try, cheapest first where that is known."""
     predictor, _ = predictor_of(folder, profile, records, SearchOptions())
     signals = record(workload, profile.seeds).signals
-    for name in recipe_names():
+    for name in recipe_names() if "caching" in kinds else ():
         recipe, best = Recipe.load(name), dict[int, tuple[float, dict[str, Any], Plan]]()
         for settings, schedule in recipe.variants(signals):
             try:
@@ -164,7 +176,7 @@ def _baselines(
             if count not in best or error < best[count][0]:
                 best[count] = (error, settings, plan)
         yield recipe.name, [best[count][1:] for count in sorted(best)]
-    for name in AttentionRecipe.names():
+    for name in AttentionRecipe.names() if "attention" in kinds else ():
         attention = AttentionRecipe.load(name)
         tried: Tried = []
         for settings in attention.settings():
@@ -258,6 +270,7 @@ def main() -> None:
     parser.add_argument("--min-psnr", type=float, default=30.0)
     parser.add_argument("--tune-seeds", type=int, default=2)
     parser.add_argument("--audit-seeds", type=int, default=16)
+    parser.add_argument("--recipes", nargs="+", choices=_KINDS, default=_KINDS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     workload = load_workload(demo_workload())
@@ -268,7 +281,9 @@ def main() -> None:
         spec = LoopSpec(tune_seeds=options.tune_seeds, audit_seeds=options.audit_seeds)
         found = search_stage(options.profile, samples, options.min_psnr, spec)
     elif options.stage == "quality":
-        found = quality_stage(options.profile, samples, options.min_psnr, tune, audit)
+        found = quality_stage(
+            options.profile, samples, options.min_psnr, tune, audit, options.recipes
+        )
     else:
         found = time_stage(workload, options.work, rounds=3)
     (model,) = workload.models.values()
