@@ -34,7 +34,9 @@ class Options(BaseModel):
     inductor: dict[str, Any] = _option({}, "Options handed to Inductor as they are.")
     fuse_projections: bool = _option(True, "Merge projections that read one tensor (q, k, v).")
     hoist: bool = _option(True, "Keep what depends on the prompt or timestep only between calls.")
-    rounding_kernel: bool = _option(False, "Round activations by a kernel of ditopt's own.")
+    rounding_kernel: bool | None = _option(
+        None, "Round activations by a kernel of ditopt's own. None: on GPUs."
+    )
     cuda_graphs: bool = _option(False, "Launch each step as one CUDA graph.", "DITOPT_CUDA_GRAPHS")
     gate_group: str | None = _option(None, "Process group whose ranks share a plan's gate.")
     release_weights: bool = _option(False, "Free the originals of weights that were fused.")

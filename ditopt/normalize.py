@@ -56,6 +56,11 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
             # What `.to()` checked while tracing: the capture's guards hold it.
             canonical.graph.erase_node(node)
             continue
+        if node.target is torch.ops.aten.dropout.default and not node.args[2]:
+            # What stands behind it then meets what stands before it, as the passes expect.
+            node.replace_all_uses_with(node.args[0])
+            canonical.graph.erase_node(node)
+            continue
         if node.target in _VIEWS:
             # A pass may then change the strides of what is viewed.
             node.target = torch.ops.aten.reshape.default

@@ -18,6 +18,7 @@ from torch import fx
 
 from ditopt.backends import aoti_cpu
 from ditopt.backends.examples import examples_of
+from ditopt.backends.rows import rows_in_registers
 from ditopt.errors import EngineError
 from ditopt.graph import arguments, fake_value
 from ditopt.passes.base import EXECUTOR
@@ -57,12 +58,12 @@ class AotiExporter:
         examples, axes = examples_of(gm)
         # torch.export names inputs after the forward's parameters; `*args` keeps the order.
         program = _Positional(gm)
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), rows_in_registers(configs) as patches:
             warnings.simplefilter("ignore")
             exported = torch.export.export(program, examples, dynamic_shapes=axes)
             exported = _without_dead_code(exported)
             torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(path), inductor_configs=configs
+                exported, package_path=str(path), inductor_configs=patches
             )
         return notes
 

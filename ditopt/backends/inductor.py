@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx
 
+from ditopt.backends.rows import rows_in_registers
 from ditopt.executors import device_name, preferred, target_of
 from ditopt.graph import arguments, fake_value, placeholders
 from ditopt.kernels.block_sparse_attention import dispatch
@@ -48,8 +49,12 @@ class InductorBackend:
         gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         _use_executors(gm)
         examples = [fake_value(node) for node in placeholders(gm)]
-        with torch.no_grad(), tracing(TracingContext(detect_fake_mode(examples))):
-            lowered = compile_fx(gm, examples, config_patches=dict(options) or None)
+        with (
+            torch.no_grad(),
+            tracing(TracingContext(detect_fake_mode(examples))),
+            rows_in_registers(options) as patches,
+        ):
+            lowered = compile_fx(gm, examples, config_patches=patches or None)
         return cast("Lowered", lowered)
 
 

@@ -90,8 +90,10 @@ def _quantize(
     native = missing_hardware(rule.product, fake_value(node).device) is None
     text = _describe(rule, native, len(members))
     dynamic = rule.transform == "none" and rule.static is None
-    rounded = ctx.options.rounding_kernel and dynamic
-    sources = _row_sources(node) if rounded and rule.product in ROW_FORMATS else None
+    wanted = ctx.options.rounding_kernel
+    rounded = fake_value(node).device.type == "cuda" if wanted is None else wanted
+    taken = rounded and dynamic and rule.product in ROW_FORMATS
+    sources = _row_sources(node) if taken else None
     _rewrite(gm, layer, native, sources)
     return True, text if sources is None else f"{text}, rounded by quantize_rows"
 

@@ -84,9 +84,10 @@ def test_the_kernel(case: str, dtype: torch.dtype, half: bool) -> None:
 
 @needs_triton
 @DTYPES
-def test_zeros_and_nan(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("column", [7, 19], ids=["first tile", "second tile"])
+def test_zeros_and_nan(dtype: torch.dtype, column: int) -> None:
     x = rand(3, 20)
-    x[0], x[1, 7] = 0, float("nan")
+    x[0], x[1, column] = 0, float("nan")
     numbers, scale = kernel([x], ["none"], dtype)
     assert not numbers[0].float().any()
     assert bool((scale[0] > 0).all())
