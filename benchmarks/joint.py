@@ -30,11 +30,10 @@ sys.path.append(str(Path(__file__).parent / "caching"))
 
 import numpy as np
 import torch
-from prediction import dense_result, sample_db
+from prediction import PlanSampler, example
 from recording import record
 
 from ditopt.bench import bench
-from ditopt.demo import demo_workload
 from ditopt.environment import describe_environment
 from ditopt.errors import DitoptError, GoalUnattainable
 from ditopt.plan import Goal, Phase, Plan
@@ -64,6 +63,7 @@ class Samples:
 
     def __init__(self, workload: Workload, work: Path) -> None:
         self.workload, self.work = workload, work
+        self.sampler = PlanSampler(workload, work)
         self.path = work / "samples.json"
         self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
 
@@ -75,9 +75,7 @@ class Samples:
         choices = plan.model_dump_json(include={"layout", "block", "order", "phases", "cache"})
         key = f"{hashlib.sha256(choices.encode()).hexdigest()[:16]}/{seed}"
         if key not in self.known:
-            with torch.no_grad():
-                dense = dense_result(self.workload, self.work, seed)
-                self.known[key] = round(min(200.0, sample_db(self.workload, plan, seed, dense)), 2)
+            self.known[key] = round(min(200.0, self.sampler.psnr_db(plan, seed)), 2)
             self.path.write_text(json.dumps(self.known, indent=0) + "\n")
             print(f"  seed {seed}: {self.known[key]:.2f} dB", flush=True)
         value: float = self.known[key]
@@ -267,13 +265,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for plans and samples")
     parser.add_argument("--stage", choices=("search", "quality", "time"), required=True)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--workload", help="another one than the embedded model's")
+    parser.add_argument("--device", help="sample in float32 on this device (not with `time`)")
     parser.add_argument("--min-psnr", type=float, default=30.0)
     parser.add_argument("--tune-seeds", type=int, default=2)
     parser.add_argument("--audit-seeds", type=int, default=16)
     parser.add_argument("--recipes", nargs="+", choices=_KINDS, default=_KINDS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    workload = load_workload(demo_workload())
+    workload = load_workload(options.workload) if options.workload else example(options.device)
     samples = Samples(workload, options.work)
     tune = range(TUNE_SEED, TUNE_SEED + options.tune_seeds)
     audit = range(AUDIT_SEED, AUDIT_SEED + options.audit_seeds)

@@ -7,7 +7,8 @@ over 20 to 40 dB. Each is sampled on the same seeds, which no profile has seen. 
 those that a search starts from: nothing is fitted to these plans. Measurements are kept in DIR, one
 by one, so that an interrupted run goes on; `--stage predict` only predicts what was measured.
 
-PSNR needs no timing, so plans run without compilation (`ditopt_eager`), beside other work.
+PSNR needs no timing, so plans run without compilation (`ditopt_eager`), beside other work, and
+with `--device cuda` on a GPU in the CPU's float32.
 """
 
 from __future__ import annotations
@@ -149,33 +150,55 @@ class Maker:
         return -10 * math.log10(max(energy, 1e-30) / self.data_range**2)
 
 
-def sample_db(workload: Workload, plan: Plan, seed: int, dense: torch.Tensor) -> float:
-    """PSNR of one seed under a plan, without compilation."""
-    torch.compiler.reset()
-    (model,) = workload.models.values()
-    options: Any = {"plan": plan}
-    compiled = torch.compile(model, backend="ditopt_eager", options=options)
-    result = workload.run(seed, dict.fromkeys(workload.models, compiled))
-    return psnr(result.cpu(), dense, workload.data_range)
+class PlanSampler:
+    """PSNR of seeds under plans, without compilation; the last plan's capture is used again."""
+
+    def __init__(self, workload: Workload, work: Path) -> None:
+        self.workload, self.work = workload, work
+        self.plan: Plan | None = None
+        self.captured: Any = None
+
+    @torch.no_grad()
+    def psnr_db(self, plan: Plan, seed: int) -> float:
+        if plan is not self.plan:
+            torch.compiler.reset()
+            (model,) = self.workload.models.values()
+            options: Any = {"plan": plan}
+            self.captured = torch.compile(model, backend="ditopt_eager", options=options)
+            self.plan = plan
+        dense = dense_result(self.workload, self.work, seed)
+        result = self.workload.run(seed, dict.fromkeys(self.workload.models, self.captured))
+        return psnr(result.cpu(), dense, self.workload.data_range)
+
+
+def example(device: str | None) -> Workload:
+    """The embedded model as `ditopt demo` takes it, or in float32 on a device."""
+    if device is None:
+        return load_workload(demo_workload())
+    sys.path.append(str(Path(demo_workload()).parents[1]))
+    from tiny_video.workload import workload
+
+    torch.backends.cudnn.allow_tf32 = False
+    made: Workload = workload(device=device, dtype=torch.float32)
+    return made
 
 
 def measure(maker: Maker, workload: Workload, work: Path, count: int, seeds: Sequence[int]) -> None:
-    """All plans on the first seed, then on the next; what is there is not sampled again."""
+    """Every plan on all seeds; what is there is not sampled again."""
+    sampler = PlanSampler(workload, work)
     kept = work / "measured.json"
     measured: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
     order = np.random.default_rng(0).permutation(count)
-    for seed in seeds:
-        for done, number in enumerate(order):
-            path = work / f"plan_{number:02d}.yaml"
-            if not path.exists():
-                maker.plan(int(number), count)[0].save(path)
+    for done, number in enumerate(order):
+        path = work / f"plan_{number:02d}.yaml"
+        if not path.exists():
+            maker.plan(int(number), count)[0].save(path)
+        plan = Plan.load(path)
+        for seed in seeds:
             if str(seed) in measured.get(str(number), {}):
                 continue
             started = time.perf_counter()
-            with torch.no_grad():
-                decibels = sample_db(
-                    workload, Plan.load(path), seed, dense_result(workload, work, seed)
-                )
+            decibels = sampler.psnr_db(plan, seed)
             measured.setdefault(str(number), {})[str(seed)] = decibels
             kept.write_text(json.dumps(measured, indent=1) + "\n")
             seconds = time.perf_counter() - started
@@ -253,8 +276,9 @@ def main() -> None:
     parser.add_argument("--stage", choices=("all", "predict"), default="all")
     parser.add_argument("--plans", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--device", help="float32 on this device, in place of the demo's choice")
     options = parser.parse_args()
-    workload = load_workload(demo_workload())
+    workload = example(options.device)
     data_range = workload.data_range or 2.0
     predictor, _ = predictor_of(options.profile, *load_complete(options.profile), SearchOptions())
     options.work.mkdir(parents=True, exist_ok=True)

@@ -63,14 +63,14 @@ def _photograph(name: str) -> np.ndarray:
     return load()
 
 
-def load_photographs(device: torch.device | str = "cpu") -> Tensor:
-    """The squares of all scenes, fp32 [scenes, 3, PHOTO_SIZE, PHOTO_SIZE] in [-1, 1]."""
+def load_photographs(device: torch.device | str = "cpu", size: int = PHOTO_SIZE) -> Tensor:
+    """The squares of all scenes, fp32 [scenes, 3, size, size] in [-1, 1]."""
     squares = []
     for scene in SCENES:
         box = (scene.left, scene.top, scene.left + scene.side, scene.top + scene.side)
         image = Image.fromarray(_photograph(scene.name)).convert("RGB")
         # Antialiased, so that fine texture fades instead of flickering between frames.
-        square = image.resize((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.LANCZOS, box=box)
+        square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
         squares.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
     return torch.stack(squares).to(device).float() / 127.5 - 1
 

@@ -1,0 +1,1 @@
+"""A larger trained video model: diffusers' WanTransformer3DModel at 16,384 tokens."""
