@@ -19,18 +19,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and interquartile range of repeated measurements, in milliseconds."""
+    """Median, interquartile range and least of repeated measurements, in milliseconds.
+
+    The least is what the work takes alone: whatever else the machine does only adds to it.
+    """
 
     median_ms: float
     iqr_ms: float
+    least_ms: float
 
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> Spread:
         """The spread of at least one sample; a single one has none."""
         if len(samples_ms) == 1:
-            return cls(samples_ms[0], 0.0)
+            return cls(samples_ms[0], 0.0, samples_ms[0])
         first, median, third = statistics.quantiles(samples_ms, n=4, method="inclusive")
-        return cls(median, third - first)
+        return cls(median, third - first, min(samples_ms))
 
 
 def timed(run: Callable[[], T]) -> tuple[T, float]:

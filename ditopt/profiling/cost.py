@@ -139,7 +139,8 @@ def _median_after_first(samples_ms: list[float]) -> float:
 def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> AttentionCost:
     """Time dense attention and the executors that a plan would get on random data, interleaved.
 
-    Means of the dropped blocks are computed in each call, which of them a row sees beforehand.
+    Means of the dropped blocks are computed in each call, which of them a row sees beforehand. Of
+    several rounds the least counts: a search compares times that were taken minutes apart.
     """
     size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
     dtype = getattr(torch, shape.dtype)
@@ -176,14 +177,14 @@ def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> A
         spreads = time_interleaved(runs, _ROUNDS)
     return AttentionCost(
         shape=shape,
-        dense_ms=spreads["dense"].median_ms,
+        dense_ms=spreads["dense"].least_ms,
         sparse_ms=tuple(
-            (kept, spreads[str(density)].median_ms) for density, (kept, _, _) in lists.items()
+            (kept, spreads[str(density)].least_ms) for density, (kept, _, _) in lists.items()
         ),
         mean_ms=tuple(
-            (kept, spreads[f"mean {density}"].median_ms) for density, (kept, _, _) in lists.items()
+            (kept, spreads[f"mean {density}"].least_ms) for density, (kept, _, _) in lists.items()
         ),
-        select_ms=spreads["select"].median_ms,
+        select_ms=spreads["select"].least_ms,
     )
 
 

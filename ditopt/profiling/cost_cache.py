@@ -97,6 +97,7 @@ def _kept(
     """A table that is kept or made; one that cannot be read is made anew, and kept if possible."""
     whole = {
         **facts,
+        "estimate": "least",  # tables of earlier versions hold medians
         "ditopt": ditopt.__version__,
         "hardware": hardware.model_dump(),
         "fields": sorted(schema.model_fields),

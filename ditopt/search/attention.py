@@ -80,6 +80,11 @@ class AttentionChoices:
             found.append(Site(site, "attention", first_call, tuple(alternatives)))
         return found
 
+    @property
+    def dense_ms(self) -> float:
+        """One call of all profiled sites as they are."""
+        return sum(self._costs[shape].dense_ms for shape in self._profile.shapes.values())
+
     def rules(
         self, choices: Mapping[str, Choice], sites: Sequence[Site]
     ) -> tuple[dict[str, tuple[HeadPattern, ...]], list[str]]:

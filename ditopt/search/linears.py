@@ -124,6 +124,11 @@ class LinearChoices:
         }
 
     @property
+    def plain_ms(self) -> float:
+        """One call of all groups as they are."""
+        return sum(self._costs[group.shape].plain_ms for group in self.profile.groups)
+
+    @property
     def plain_bytes(self) -> int:
         """Weights of all groups as they are."""
         return sum(self._plain_bytes(group) for group in self.profile.groups)

@@ -94,6 +94,8 @@ class Predictor:
         self._techniques, self._max_programs = frozenset(techniques), max_programs
         self._calls = profile.sampler.calls
         self._sites: dict[tuple[int, int, tuple[int, ...] | None], list[Site]] = {}
+        parts_ms = self.attention.dense_ms + (linears.plain_ms if linears is not None else 0.0)
+        self._share = min(1.0, self._costs.dense_call_ms / parts_ms) if parts_ms else 1.0
         gram = torch.stack([record.gram for record in records]).sum(0)
         worth = np.mean([call_worth(record) for record in records], axis=0)
         self._gram, self._drawn = gram, draw_calls(gram, steps=worth.tolist())
@@ -201,7 +203,11 @@ class Predictor:
         return Energies(self.attention.energy(plan, schedule), linears, cache)
 
     def sites(self, start: int, order: int, schedule: CacheSchedule | None = None) -> list[Site]:
-        """What sites may choose; times are of one call, errors without gains."""
+        """What sites may choose; times are of one call, errors without gains.
+
+        Parts were timed alone; where they add up to more than the whole call, all are that much
+        faster in it.
+        """
         calls = schedule.full if schedule is not None and schedule.rows else None
         key = (start, order, calls)
         if key not in self._sites:
@@ -210,7 +216,7 @@ class Predictor:
                 made += self.attention.sites(order, start, schedule)
             if self.linears is not None and "linears" in self._techniques:
                 made += self.linears.sites(schedule)
-            self._sites[key] = made
+            self._sites[key] = [site.in_time(self._share) for site in made]
         return self._sites[key]
 
     def _cache_site(self) -> Site:

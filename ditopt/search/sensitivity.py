@@ -174,6 +174,14 @@ class Site:
         made.__dict__["curves"] = self.curves.scaled(calls, gain)
         return made
 
+    def in_time(self, share: float) -> Site:
+        """The site with all times multiplied."""
+        alternatives = (
+            replace(a, fixed_ms=a.fixed_ms * share, option_ms=a.option_ms * share)
+            for a in self.alternatives
+        )
+        return replace(self, alternatives=tuple(alternatives))
+
     def cost(self, choice: Choice) -> tuple[float, float, int]:
         """Milliseconds, error and bytes of a choice."""
         alternative, index = self.alternatives[choice[0]], np.array(choice[1])

@@ -6,9 +6,9 @@ import torch
 from ditopt.timing import PeakMemory, Spread, time_interleaved, timed
 
 
-def test_spread_is_median_and_interquartile_range():
-    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0)
-    assert Spread.of([7.0]) == Spread(7.0, 0.0)
+def test_spread_is_median_interquartile_range_and_least():
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 1.0)
+    assert Spread.of([7.0]) == Spread(7.0, 0.0, 7.0)
 
 
 def test_timed_gives_the_result_and_milliseconds():
