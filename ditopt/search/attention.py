@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 
 from ditopt.errors import ProfileError
 from ditopt.search.sensitivity import Alternative, Site, untouched
-from ditopt.search.trajectory import between_observed, call_weights
+from ditopt.search.trajectory import between_observed, call_moves, pattern_energy
 
 if TYPE_CHECKING:
     from ditopt.caching import CacheSchedule
@@ -65,12 +65,10 @@ class AttentionChoices:
         self, order: int, first_call: int, schedule: CacheSchedule | None = None
     ) -> list[Site]:
         """The profiled sites, with errors over the calls from `first_call` on."""
-        weights = [
-            call_weights(record, first_call, schedule) @ self._between for record in self._records
-        ]
+        moves = [call_moves(record, first_call, schedule) for record in self._records]
         found = []
         for site, shape in self._profile.shapes.items():
-            error = self._mean_error(site, weights)
+            error = self._mean_error(site, moves)
             cost = self._costs[shape]
             alternatives = [untouched(shape.heads, cost.dense_ms, name="dense")]
             for remainder in _REMAINDERS:
@@ -131,10 +129,9 @@ class AttentionChoices:
                 numbers = [self._option(pattern, order, remainder) for pattern in patterns]
                 heads = np.arange(len(numbers))
                 for s, record in enumerate(self._records):
-                    weights = call_weights(record, phase.calls[0], schedule)
-                    weights[phase.calls[1] :] = 0.0
-                    by_call = self._relative[site][s][:, heads, numbers].sum(axis=1)
-                    per_seed[s] += float(weights @ self._between @ by_call)
+                    moves = call_moves(record, phase.calls[0], schedule, phase.calls[1])
+                    error = self._relative[site][s][:, heads, numbers]
+                    per_seed[s] += float(pattern_energy(moves, self._between, error).sum())
         return float(per_seed.mean()) / max(1, len(profile.shapes))
 
     def _alternative(
@@ -163,10 +160,10 @@ class AttentionChoices:
             self._densities[shape] = np.array(self._profile.kept(shape))
         return self._densities[shape]
 
-    def _mean_error(self, site: str, weights: Sequence[Floats]) -> Floats:
+    def _mean_error(self, site: str, moves: Sequence[Floats]) -> Floats:
         per_seed = [
-            np.tensordot(weight, relative, axes=1)
-            for weight, relative in zip(weights, self._relative[site], strict=True)
+            pattern_energy(move, self._between, relative)
+            for move, relative in zip(moves, self._relative[site], strict=True)
         ]
         error: Floats = np.mean(per_seed, axis=0) / len(self._profile.shapes)
         return error

@@ -11,7 +11,7 @@ import numpy as np
 from ditopt.errors import ProfileError
 from ditopt.quantization.layer import operands
 from ditopt.search.sensitivity import Alternative, Site, untouched
-from ditopt.search.trajectory import call_weights
+from ditopt.search.trajectory import call_moves
 
 if TYPE_CHECKING:
     import torch
@@ -144,9 +144,7 @@ class LinearChoices:
         """Of each range, mean over seeds: weights of its calls from `start` to `stop`."""
         found = []
         for record in self._records:
-            weights = call_weights(record, start, schedule)
-            if stop is not None:
-                weights[stop:] = 0.0
+            weights = call_moves(record, start, schedule, stop) ** 2
             found.append([float(weights[a:b].sum()) for a, b in self.profile.ranges])
         mean: Floats = np.mean(found, axis=0)
         return mean

@@ -17,7 +17,7 @@ from ditopt.search.attention import AttentionChoices
 from ditopt.search.calibration import Energies
 from ditopt.search.lagrangian import relaxed
 from ditopt.search.sensitivity import TECHNIQUES, Alternative, Site, Technique, untouched
-from ditopt.search.trajectory import cache_energy, call_weights, call_worth
+from ditopt.search.trajectory import COHERENCE, cache_energy, call_moves, call_worth
 
 if TYPE_CHECKING:
     from ditopt.plan import Plan
@@ -105,7 +105,7 @@ class Predictor:
             self._schedules = search_schedules(gram, weights=worth.tolist())
         self._stack = self._cache_site()
         self._relaxed: dict[object, tuple[Floats, Floats]] = {}
-        self._growths: dict[tuple[tuple[int, ...], int], float] = {}
+        self._growths: dict[tuple[Technique, tuple[int, ...], int], float] = {}
 
     def schedules(self, full_calls: int) -> Iterator[CacheSchedule]:
         """Schedules with so many full calls: what rules choose, then neighbours of theirs."""
@@ -292,7 +292,7 @@ class Predictor:
             if not mine or not calls:
                 continue
             first = frame.start if technique == "attention" else 0
-            gain = getattr(model.gains, technique) * self._growth(schedule, first)
+            gain = getattr(model.gains, technique) * self._growth(technique, schedule, first)
             key = (technique, frame.start, frame.order) if technique == "attention" else technique
             if key not in self._relaxed:
                 self._relaxed[key] = relaxed(mine, prices[1:])
@@ -304,14 +304,24 @@ class Predictor:
             energy += np.where(np.isinf(prices), 0.0, gain * relaxed_energy)
         return ms, energy
 
-    def _growth(self, schedule: CacheSchedule, first: int) -> float:
+    def _growth(self, technique: Technique, schedule: CacheSchedule, first: int) -> float:
         """How much more errors from a call on are worth with a schedule than without one."""
-        key = (schedule.full, first)
+        key = (technique, schedule.full, first)
         if key not in self._growths:
-            with_it = sum(call_weights(r, first, schedule).sum() for r in self._records)
-            without = sum(call_weights(r, first).sum() for r in self._records)
-            self._growths[key] = float(with_it / without)
+            self._growths[key] = self._worth(technique, first, schedule) / self._worth(
+                technique, first
+            )
         return self._growths[key]
+
+    def _worth(
+        self, technique: Technique, first: int, schedule: CacheSchedule | None = None
+    ) -> float:
+        """Energy of the same relative error at every call."""
+        moves = [call_moves(record, first, schedule) for record in self._records]
+        alone = sum(float(move @ move) for move in moves)
+        if technique != "attention":
+            return alone
+        return COHERENCE * sum(float(move.sum()) ** 2 for move in moves) + (1 - COHERENCE) * alone
 
     def _solved(
         self, frame: _Frame, model: ErrorModel, limits: Limits, *, close_gap: bool = True

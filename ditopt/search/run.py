@@ -29,7 +29,7 @@ from ditopt.workload import Workload, load_workload
 if TYPE_CHECKING:
     from ditopt.search.tuning import SampleSchedule
 
-_GAINS_DB = Energies(attention=0.0, linears=0.0, cache=-12.0)
+_GAINS_DB = Energies(attention=-1.7, linears=0.0, cache=-5.5)
 """Where predictions start from: how much of a deviation, grown as `trajectory` says, arrives at the
 result. Measured on the embedded video model (guidance 2); sampling corrects it."""
 
