@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from ditopt.backends.rows import rows_in_registers
 from ditopt.errors import EngineError
 from ditopt.graph import arguments, fake_value
 from ditopt.passes.base import EXECUTOR
+
+_CPP_LIBRARIES = (b"libstdc++.so", b"libc++.so")
 
 
 class AotiExporter:
@@ -65,7 +68,25 @@ class AotiExporter:
             torch._inductor.aoti_compile_and_package(
                 exported, package_path=str(path), inductor_configs=patches
             )
+        _check_linkage(path)
         return notes
+
+
+def _check_linkage(path: Path) -> None:
+    """A program has to use the process's C++ library: torch crashes on loading a second one.
+
+    Raises:
+        EngineError: the compiler linked the library statically.
+    """
+    with zipfile.ZipFile(path) as package:
+        for name in package.namelist():
+            code = package.read(name) if name.endswith(".so") else b""
+            if code.startswith(b"\x7fELF") and not any(lib in code for lib in _CPP_LIBRARIES):
+                raise EngineError(
+                    "the C++ compiler linked its standard library statically into the program; "
+                    "loading it would crash torch",
+                    remedy="Let CXX name a compiler that links libstdc++.so.6 dynamically.",
+                )
 
 
 class _Positional(torch.nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.backends import aoti_cpu
-from ditopt.backends.aoti import _inline_operators
+from ditopt.backends.aoti import _check_linkage, _inline_operators
 from ditopt.errors import EngineError
 from ditopt.kernels.block_selection import ops as _selection  # noqa: F401  (registers operators)
 from ditopt.kernels.block_sparse_attention import flex
@@ -94,3 +96,21 @@ def test_an_operator_that_only_our_library_has_is_refused_by_name() -> None:
     message = r"^the operator ditopt\.block_mass\.default needs ditopt's library"
     with pytest.raises(EngineError, match=message):
         _inline_operators(fx.GraphModule({}, graph))
+
+
+def package(folder: Path, code: bytes) -> Path:
+    path = folder / "program.pt2"
+    with zipfile.ZipFile(path, "w") as written:
+        written.writestr("data/model.wrapper.so", code)
+    return path
+
+
+def test_a_program_with_a_c_library_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="standard library statically") as caught:
+        _check_linkage(package(tmp_path, b"\x7fELF libtorch.so libc.so.6"))
+    assert "CXX" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("code", [b"\x7fELF libstdc++.so.6", b"\x7fELF libc++.so.1", b"\xcf\xfa"])
+def test_a_program_that_uses_the_process_s_library_is_taken(tmp_path: Path, code: bytes) -> None:
+    _check_linkage(package(tmp_path, code))
