@@ -11,6 +11,7 @@ from ditopt.report import Decision
 from ditopt.site_inputs import (
     BlockMeans,
     Choice,
+    DenseChoice,
     HeadChoice,
     LinearPart,
     OrderChoice,
@@ -47,10 +48,11 @@ class AttentionChoices:
 
     def of(self, phase: Phase) -> dict[str, Choice | str]:
         """For each site that the phase names, its choice, or why it cannot be used here."""
+        named = {*phase.attention, *phase.selectors, *phase.arithmetic}
         return {
             site.id: self._choice(site, phase)
             for site in self._record.attention
-            if site.id in phase.attention or site.id in phase.selectors
+            if site.id in named
         }
 
     def keep_lists(self) -> bool:
@@ -70,6 +72,9 @@ class AttentionChoices:
                 f"a graph break makes {captured.prefix} a graph of its own, "
                 "which equal modules share"
             )
+        arithmetic = phase.arithmetic.get(site.id)
+        if arithmetic is not None and site.id not in phase.attention:
+            return DenseChoice(arithmetic, plan.block.q, plan.block.k)
         grid = grid_of(plan, self._record)
         if self._record.grid is None and grid is not None and is_symbolic(site.tokens_q):
             return (
@@ -92,7 +97,7 @@ class AttentionChoices:
             return OrderChoice(selector, *place)
         if selector is not None:
             return SelectorChoice(self._refreshed(selector), *place)
-        return HeadChoice(tuple(phase.attention[site.id]), *place)
+        return HeadChoice(tuple(phase.attention[site.id]), *place, arithmetic)
 
     def _refreshed(self, selector: BlockSelector) -> BlockSelector:
         """A selector whose lists may be kept here."""

@@ -57,6 +57,8 @@ def _choose(node: fx.Node, choice: ListChoice) -> dispatch.Choice:
         declined["sdpa"] = "the attention has a mask"
     elif choice.remainder is not None and min(kept) < 1:
         declined["sdpa"] = "something stands for the blocks that are left out"
+    elif choice.arithmetic is not None and min(kept) < 1:
+        declined["sdpa"] = "8-bit products are of all heads in one launch"
     site = dispatch.Site(batch, n_q, n_k, channels, *blocks, kept)
     return dispatch.choose(site, device_name(q.device), declined)
 

@@ -33,7 +33,15 @@ from ditopt.passes.base import (
 from ditopt.piece_choices import PieceChoices
 from ditopt.pipeline import PassRunner
 from ditopt.report import Decision
-from ditopt.site_inputs import BlockInput, LinearPart, SearchChoice, block_input, slot_input
+from ditopt.site_inputs import (
+    BlockInput,
+    DenseChoice,
+    LinearPart,
+    SearchChoice,
+    block_input,
+    every_block,
+    slot_input,
+)
 from ditopt.site_inputs import Choice as SiteChoice
 from ditopt.sites import AttentionSite, LinearSite, instance_path
 from ditopt.symbols import evaluator
@@ -227,6 +235,9 @@ class PartMaker:
             return slot_input()
         site = self.sites[index, spec.node]
         choice = choices[spec.node]
+        if isinstance(choice, DenseChoice):
+            assert isinstance(spec, BlockLists)  # it has no other inputs
+            return every_block(self.captured, site, choice, spec.part, self._device)
         if isinstance(spec, PlaceOrder):
             places = replace(choice, order=TokenMajor())
             return site_permutation(self.captured, site, places, self._device, back=False)

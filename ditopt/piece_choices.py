@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditopt.executors import DENSE, choose_executors
 from ditopt.passes.base import (
+    ArithmeticChoice,
     ClusterChoice,
     HierarchicalChoice,
     OnlineChoice,
@@ -20,8 +21,10 @@ from ditopt.patterns import TwoMasks
 from ditopt.site_inputs import (
     BlockMeans,
     Choice,
+    DenseChoice,
     HeadChoice,
     LinearPart,
+    ListChoice,
     OrderChoice,
     SearchChoice,
     SelectorChoice,
@@ -75,15 +78,19 @@ class PieceChoices:
                 declined[node.name] = wish
             elif wish is not None:
                 choices[node.name] = wish
-        listed = {n: c for n, c in choices.items() if not isinstance(c, SearchChoice)}
+        listed = {n: c for n, c in choices.items() if isinstance(c, ListChoice)}
         executors = choose_executors(nodes, listed)
         for name, executor in executors.items():
             if executor.executor in DENSE:
-                del choices[name]
+                dense = choices.pop(name)
+                if isinstance(dense, HeadChoice) and dense.arithmetic is not None:
+                    choices[name] = DenseChoice(dense.arithmetic, dense.block_q, dense.block_k)
         reordered = {
             name: f"tokens in {choice.order.kind} order around this attention: {why_apart}"
             for name, choice in choices.items()
-            if choice.order is not None and why_apart is not None
+            if not isinstance(choice, DenseChoice)
+            and choice.order is not None
+            and why_apart is not None
         }
         return cls(sites, choices, executors, declined, reordered)
 
@@ -91,7 +98,7 @@ class PieceChoices:
     def key(self) -> Hashable:
         """Equal where the program is: rules are written into it, lists and patterns passed in."""
         rules = frozenset(
-            (name, None if isinstance(choice, HeadChoice) else choice.selector)
+            (name, None if isinstance(choice, (HeadChoice, DenseChoice)) else choice.selector)
             for name, choice in self.choices.items()
         )
         lowered = frozenset(
@@ -99,8 +106,8 @@ class PieceChoices:
             for name, e in self.executors.items()
             if e.executor not in DENSE
         )
-        remainders = (self._means(), frozenset(self._remainders().items()))
-        return rules, lowered, frozenset(self.reordered), frozenset(self.declined), remainders
+        further = (self._means(), *(frozenset(x.items()) for x in self._further()))
+        return rules, lowered, frozenset(self.reordered), frozenset(self.declined), further
 
     def context(
         self, options: Options, linear: Mapping[str, LinearRule | str], own: frozenset[int]
@@ -114,8 +121,9 @@ class PieceChoices:
                 online[name] = self._online(name, choice)
             elif isinstance(choice, OrderChoice):
                 orders[name] = self._order(name, choice)
-            else:
+            elif isinstance(choice, SearchChoice):
                 hierarchical[name] = self._hierarchical(name, choice)
+        remainders, arithmetic = self._further()
         return PassContext(
             options=options,
             sparse=sparse,
@@ -125,7 +133,8 @@ class PieceChoices:
             reordered=self.reordered,
             declined=self.declined,
             means=self._means(),
-            remainders=self._remainders(),
+            remainders=remainders,
+            arithmetic=arithmetic,
             linear=linear,
             own=own,
         )
@@ -134,17 +143,23 @@ class PieceChoices:
         return frozenset(
             name
             for name, choice in self.choices.items()
-            if not isinstance(choice, SearchChoice)
+            if isinstance(choice, ListChoice)
             and isinstance(choice.remainder, BlockMeans)
             and _leaves_out(choice)
         )
 
-    def _remainders(self) -> dict[str, RemainderChoice]:
-        return {
-            name: RemainderChoice(choice.remainder.phi, tuple(choice.remainder.projection.shape))
-            for name, choice in self.choices.items()
-            if not isinstance(choice, SearchChoice) and isinstance(choice.remainder, LinearPart)
-        }
+    def _further(self) -> tuple[dict[str, RemainderChoice], dict[str, ArithmeticChoice]]:
+        """What is done to the attentions beside their lists."""
+        remainders, arithmetic = {}, {}
+        for name, choice in self.choices.items():
+            if isinstance(choice, ListChoice) and isinstance(choice.remainder, LinearPart):
+                shape = tuple(choice.remainder.projection.shape)
+                remainders[name] = RemainderChoice(choice.remainder.phi, shape)
+            if isinstance(choice, (HeadChoice, DenseChoice)) and choice.arithmetic is not None:
+                rule, blocks = choice.arithmetic, (choice.block_q, choice.block_k)
+                listed = isinstance(choice, HeadChoice)
+                arithmetic[name] = ArithmeticChoice(rule.kind, rule.simulate, *blocks, listed)
+        return remainders, arithmetic
 
     def _sparse(self, name: str, choice: HeadChoice) -> SparseChoice:
         site, executor = self.sites[name], self.executors[name]
@@ -175,13 +190,13 @@ class PieceChoices:
         settings = (choice.selector.top_k, choice.selector.coarse)
         return HierarchicalChoice(*settings, site.heads, site.tokens_q, self._text(name, choice))
 
-    def _text(self, name: str, choice: Choice) -> Any:
+    def _text(self, name: str, choice: OrderChoice | SearchChoice) -> Any:
         """Tokens of a sequence that are not of the grid."""
         frames, height, width = choice.grid
         tokens = self.sites[name].tokens_q
         return tokens - frames * height * width if choice.geometry.part == "grid" else 0
 
 
-def _leaves_out(choice: Choice) -> bool:
+def _leaves_out(choice: ListChoice) -> bool:
     """Whether some head may leave a block out."""
     return not isinstance(choice, HeadChoice) or any(p.kind != "dense" for p in choice.patterns)

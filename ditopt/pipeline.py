@@ -27,6 +27,7 @@ from ditopt.graph import fake_value, output_nodes, placeholders, readable, verif
 from ditopt.passes.fuse_heads import FuseHeads
 from ditopt.passes.fuse_projections import FuseProjections
 from ditopt.passes.linearize_attention import LinearizeAttention
+from ditopt.passes.quantize_attention import QuantizeAttention
 from ditopt.passes.quantize_linears import QuantizeLinears
 from ditopt.passes.reorder_tokens import ReorderTokens
 from ditopt.passes.search_hierarchically import SearchHierarchically
@@ -54,6 +55,7 @@ PIPELINE: tuple[Pass, ...] = (
     SearchHierarchically(),
     LinearizeAttention(),
     SubstituteMeans(),
+    QuantizeAttention(),
 )
 
 BACKENDS: dict[str, Backend] = {"eager": EagerBackend(), "inductor": InductorBackend()}

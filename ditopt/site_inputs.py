@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ditopt.kernels.block_sparse_attention.lists import from_blocks
 from ditopt.kernels.block_sparse_attention.pooling import dropped_bits, log_lengths
 from ditopt.patterns import HeadPattern, Hierarchical, TwoMasks, block_lists, block_mask
 from ditopt.patterns.blocks import real_tensors
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ditopt.capture import Captured
     from ditopt.infer_layout import Grid, SiteGeometry
     from ditopt.patterns import BlockSelector, OrderSelector
+    from ditopt.quantization.arithmetic import ArithmeticRule
     from ditopt.sites import AttentionSite
     from ditopt.token_order import TokenOrder
 
@@ -60,6 +62,7 @@ class HeadChoice:
     block_k: int
     order: TokenOrder | None = None
     remainder: Remainder | None = None
+    arithmetic: ArithmeticRule | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,19 @@ class SearchChoice:
     order: TokenOrder | None = None
 
 
+@dataclass(frozen=True)
+class DenseChoice:
+    """Every block of all heads, in 8-bit products; the keys of a block share a scale."""
+
+    arithmetic: ArithmeticRule
+    block_q: int
+    block_k: int
+
+
 ListChoice = HeadChoice | SelectorChoice | OrderChoice
 """Choices that end in block lists."""
 
-Choice = ListChoice | SearchChoice
+Choice = ListChoice | SearchChoice | DenseChoice
 """What a plan may choose at an attention site."""
 
 BlockInput = Literal["counts", "ids", "forced", "dropped", "bias"]
@@ -132,6 +144,21 @@ def block_input(
             if wanted == "dropped":
                 return dropped_bits(*lists, lists[1].shape[-1], None)
             return lists[0] if wanted == "counts" else lists[1]
+
+    return lambda env: make(*sizes(env))
+
+
+def every_block(
+    captured: Captured, site: AttentionSite, choice: DenseChoice, part: int, device: torch.device
+) -> Callable[[Sequence[Any]], Any]:
+    """A function from a call's environment to lists of all blocks: counts, or with part 1 ids."""
+    sizes = evaluator(captured, (site.tokens_q, site.tokens_k))
+
+    @lru_cache(maxsize=64)
+    def make(tokens_q: int, tokens_k: int) -> Any:
+        blocks = (-(-tokens_q // choice.block_q), -(-tokens_k // choice.block_k))
+        with real_tensors():
+            return from_blocks(torch.ones(1, 1, *blocks, dtype=torch.bool, device=device))[part]
 
     return lambda env: make(*sizes(env))
 

@@ -21,7 +21,7 @@ from ditopt.token_order import TokenOrder, inverse, sequence_permutation
 
 if TYPE_CHECKING:
     from ditopt.capture import Captured
-    from ditopt.site_inputs import Choice
+    from ditopt.site_inputs import ListChoice, SearchChoice
     from ditopt.sites import AttentionSite
     from ditopt.stack_order import Dims, StackOrder
 
@@ -109,7 +109,7 @@ class TokenMove:
 def site_permutation(
     captured: Captured,
     site: AttentionSite,
-    choice: Choice,
+    choice: ListChoice | SearchChoice,
     device: torch.device,
     *,
     back: bool,

@@ -77,6 +77,12 @@ class OnnxExporter:
 
 def _prepare(gm: fx.GraphModule, opset: int) -> list[str]:
     """Rewrites that need the graph and its constants; returns what the report is to say."""
+    for node in gm.graph.nodes:
+        if str(node.target).startswith("ditopt.block_sparse_attention_8bit"):
+            raise EngineError(
+                f"the operator {node.target} has no counterpart in ONNX",
+                remedy="Leave `arithmetic` out of the plan, or use torch.compile.",
+            )
     gathered, masked = gather_blocks(gm)
     pairs = write_pairs(gm, opset)
     told = (

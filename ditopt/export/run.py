@@ -138,7 +138,7 @@ def _open_sizes(
         return None
     reason = "a TensorRT engine is built for one size" if format == "tensorrt" else None
     if plan is not None:
-        sites = (site for p in plan.phases for site in (*p.attention, *p.selectors))
+        sites = (site for p in plan.phases for site in (*p.attention, *p.selectors, *p.arithmetic))
         site = next(sites, None)
         if site is not None:
             reason = f"the plan's block lists at {site} are made for one size"

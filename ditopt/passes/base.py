@@ -221,6 +221,20 @@ class RemainderChoice:
 
 
 @dataclass(frozen=True)
+class ArithmeticChoice:
+    """8-bit products of an attention: `kind` as in a plan's rule, simulated where that is allowed.
+
+    `listed`: of the blocks on the site's lists; else of all, in blocks of these sizes.
+    """
+
+    kind: str
+    simulate: bool
+    block_q: int
+    block_k: int
+    listed: bool
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What a pass may know besides the graph.
 
@@ -235,6 +249,7 @@ class PassContext:
         declined: attention nodes for which it asks in vain, with the reason.
         means: attention nodes at which the mean of each block that is left out stands for it.
         remainders: attention nodes that add linear attention on what they leave out.
+        arithmetic: attention nodes that multiply in 8 bits.
         linear: linear nodes with their rule, or the reason why it cannot be followed.
         own: positions of the inputs that are the model's own tensors; only these last from call to
             call, so only of these may the runtime keep something derived.
@@ -249,6 +264,7 @@ class PassContext:
     declined: Mapping[str, str] = field(default_factory=dict)
     means: frozenset[str] = frozenset()
     remainders: Mapping[str, RemainderChoice] = field(default_factory=dict)
+    arithmetic: Mapping[str, ArithmeticChoice] = field(default_factory=dict)
     linear: Mapping[str, LinearRule | str] = field(default_factory=dict)
     own: frozenset[int] = frozenset()
 

@@ -147,6 +147,25 @@ def check_remainders(phases: Sequence[Phase]) -> None:
                 raise PlanError(f"{field}: a hierarchical selector has its own")
 
 
+def check_arithmetic(phases: Sequence[Phase], sites: Sequence[SiteRecord]) -> None:
+    """8-bit products are of self-attention whose lists, if it has any, are a plan's patterns."""
+    by_id = {site.id: site for site in sites}
+    for number, phase in enumerate(phases):
+        for site_id in phase.arithmetic:
+            field = f"phases[{number}].arithmetic[{site_id!r}]"
+            site = by_id.get(site_id)
+            if site is None:
+                raise PlanError(f"{field}: no such site", remedy=did_you_mean(site_id, by_id))
+            if site.kind == "cross":
+                raise PlanError(f"{field}: cross-attention keeps its own arithmetic")
+            for other in ("selectors", "remainders"):
+                if site_id in getattr(phase, other):
+                    raise PlanError(
+                        f"{field}: the site stands in `{other}` too, which 8-bit products do not "
+                        "go with; keep one of the two"
+                    )
+
+
 def _check_selector(
     field: str, site_id: str, phase: Phase, by_id: Mapping[str, SiteRecord]
 ) -> None:

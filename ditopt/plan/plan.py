@@ -76,6 +76,7 @@ class Plan(BaseModel):
         checks.check_phases(self.phases, self.sampler.calls)
         checks.check_rules(self.phases, self.model.sites, self.layout)
         checks.check_remainders(self.phases)
+        checks.check_arithmetic(self.phases, self.model.sites)
         checks.check_orders(self.phases, self.order)
         checks.check_linear_rules(self.phases, self.model.linears)
         if self.cache is not None:

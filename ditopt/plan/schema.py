@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from ditopt.errors import PlanError
 from ditopt.patterns import HeadPattern, Selector
+from ditopt.quantization.arithmetic import ArithmeticRule
 from ditopt.quantization.rule import LinearRule
 
 SUM_TOLERANCE = 1e-6
@@ -202,6 +203,7 @@ class Phase(_Part):
         attention: for each site that is not dense, one pattern per head.
         selectors: for each site that chooses its blocks from the data, how; no site of `attention`.
         remainders: for sites of the two, what stands for the blocks that are left out.
+        arithmetic: for each site that multiplies in 8 bits, how; all its blocks, or its patterns'.
         linear: for each linear layer that is not left alone, its number format.
     """
 
@@ -209,6 +211,7 @@ class Phase(_Part):
     attention: Annotated[dict[Text, tuple[HeadPattern, ...]], AfterValidator(_by_site)] = {}
     selectors: Annotated[dict[Text, Selector], AfterValidator(_by_site)] = {}
     remainders: Annotated[dict[Text, Remainder], AfterValidator(_by_site)] = {}
+    arithmetic: Annotated[dict[Text, ArithmeticRule], AfterValidator(_by_site)] = {}
     linear: Annotated[dict[Text, LinearRule], AfterValidator(_by_site)] = {}
 
 

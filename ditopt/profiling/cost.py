@@ -18,6 +18,7 @@ from ditopt.kernels.block_sparse_attention.api import block_sparse_attention
 from ditopt.kernels.block_sparse_attention.lists import Pooled
 from ditopt.kernels.block_sparse_attention.pooling import block_means, dropped_bits, log_lengths
 from ditopt.plan import Block, Cache, Phase, Plan
+from ditopt.profiling.arithmetics import ARITHMETICS, arithmetic_runs
 from ditopt.profiling.cost_cache import attention_table
 from ditopt.profiling.loops import only_model
 from ditopt.profiling.schema import AttentionCost, Costs, Profile, SiteShape
@@ -173,6 +174,7 @@ def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> A
     runs["select"] = partial(
         select_blocks, q, k, block_q=block.q, block_k=block.k, rule="top_k", amount=0.25
     )
+    runs |= arithmetic_runs(q, k, v, block)
     with torch.no_grad():
         spreads = time_interleaved(runs, _ROUNDS)
     return AttentionCost(
@@ -185,6 +187,7 @@ def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> A
             (kept, spreads[f"mean {density}"].least_ms) for density, (kept, _, _) in lists.items()
         ),
         select_ms=spreads["select"].least_ms,
+        arithmetic_ms={kind: spreads[kind].least_ms for kind in ARITHMETICS if kind in spreads},
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ditopt import files
 from ditopt.errors import ProfileError
 from ditopt.profiling.analysis import analyse_folder
+from ditopt.profiling.arithmetics import NOT_OFFERED
 from ditopt.profiling.map_record import MapRecord, maps_path
 from ditopt.profiling.schema import PROFILE_NAME, Profile, load_complete, seed_path
 
@@ -20,6 +21,7 @@ _SAME = (
     "options",
     "orders",
     "selectors",
+    "arithmetics",
     "shapes",
     "observed_calls",
     "data_range",
@@ -71,8 +73,13 @@ def merge_profiles(
     for name in _OF_THE_MACHINE:
         if (machine / name).is_file():
             _copy(machine / name, target / name)
-    notes = dict.fromkeys(note for profile in profiles.values() for note in profile.notes)
     measured = profiles[machine]
+    notes = dict.fromkeys(
+        note
+        for profile in profiles.values()
+        for note in profile.notes
+        if profile is measured or not note.startswith(NOT_OFFERED)
+    )
     merged = measured.model_copy(
         update={
             "seeds": tuple(sorted(home)),

@@ -12,6 +12,7 @@ from ditopt.caching import ResidualGram
 from ditopt.errors import ProfileError
 from ditopt.plan import Block, SiteRecord
 from ditopt.plan.checks import SiteLike
+from ditopt.profiling.arithmetics import ARITHMETICS, arithmetic_errors
 from ditopt.profiling.candidates import SCRATCH_BYTES, candidate_errors
 from ditopt.profiling.cluster_maps import cluster_recall
 from ditopt.profiling.map_record import MapRecord
@@ -20,6 +21,7 @@ from ditopt.profiling.options import OptionSet, selected_blocks
 from ditopt.profiling.schema import AttentionOption, SeedRecord, SelectorOption, SiteShape
 
 if TYPE_CHECKING:
+    from ditopt.kernels.block_sparse_attention.reference_8bit import Arithmetic
     from ditopt.layout import TokenLayout
 
 
@@ -85,6 +87,7 @@ class ProfileObserver:
         self._errors: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self._selected: dict[str, Tensor] = {}
+        self._rounded: dict[str, Tensor] = {}
         self._grams: dict[int, ResidualGram] = {}
         self._hidden_energy = torch.zeros(self._calls, dtype=torch.float64)
 
@@ -120,6 +123,12 @@ class ProfileObserver:
         kept = self._kept.setdefault(site, torch.ones_like(zeros, dtype=torch.float32))
         none = zeros.new_zeros(*zeros.shape[:2], len(self.selectors))
         selected = self._selected.setdefault(site, none)
+        rounded = self._rounded.setdefault(
+            site, zeros.new_zeros(*zeros.shape[:2], len(ARITHMETICS))
+        )
+        rounded[row] += arithmetic_errors(
+            q, k, v, block_k=self.block.k, scale=scale, scratch_bytes=self._scratch_bytes
+        )
         chosen = selected_blocks(q, k, self.layout, self.block, scale)
         for order in range(len(self.choices.orders)):
             places, masks = self._masks_of(order, q.shape[2])
@@ -170,6 +179,7 @@ class ProfileObserver:
             squared_error=self._errors,
             squared_norm=self._norms,
             selector_error=self._selected,
+            arithmetic_error=self._rounded,
             gram=gram,
             hidden_energy=self._hidden_energy,
             step_energy=step_energy,
@@ -196,6 +206,11 @@ class ProfileObserver:
     def selectors(self) -> tuple[SelectorOption, ...]:
         """Choices by the data that are measured at each site."""
         return self.choices.selectors
+
+    @property
+    def arithmetics(self) -> tuple[Arithmetic, ...]:
+        """8-bit products that are measured at each site; none before the first site was met."""
+        return ARITHMETICS if self.shapes else ()
 
     @property
     def middle_call(self) -> int | None:

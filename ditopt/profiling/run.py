@@ -22,6 +22,7 @@ from ditopt.plan import (
     Sampler,
 )
 from ditopt.profiling.analysis import analyse_folder
+from ditopt.profiling.arithmetics import NOT_OFFERED, what_is_left_out
 from ditopt.profiling.cost import measure_costs
 from ditopt.profiling.loops import (
     Observe,
@@ -128,8 +129,9 @@ def profile(
     for done, seed in enumerate(numbers):
         if seed not in finished:
             record = observed_loop(workload, seed, trace, observer, observed)
-            if existing is not None and existing.options != observer.options:
-                raise _of_something_else("options")  # of another version of ditopt
+            for field in ("options", "arithmetics") if existing is not None else ():
+                if getattr(existing, field) != getattr(observer, field):
+                    raise _of_something_else(field)  # of another version of ditopt
             observer.maps().save(folder, seed)
             record.save(folder, seed)  # last: a seed with its record is finished
             finished.append(seed)
@@ -146,13 +148,17 @@ def profile(
     }
     if existing.costs is None or existing.hardware != hardware:
         before = _of_roofline(existing.hardware.name)
-        update["notes"] = tuple(note for note in existing.notes if note != before)
+        notes = [n for n in existing.notes if n != before and not n.startswith(NOT_OFFERED)]
+        of_roofline = []
         if spec.for_device is not None:
             update["costs"] = roofline_costs(model, inputs, existing, spec.for_device)
-            update["notes"] += (_of_roofline(spec.for_device),)
+            of_roofline = [_of_roofline(spec.for_device)]
         else:
             measure = measure or partial(measure_costs, again=spec.measure_again)
             update["costs"] = measure(workload, existing, progress)
+        device = next(model.parameters()).device
+        notes += what_is_left_out(update["costs"], block, device)
+        update["notes"] = (*notes, *of_roofline)
     finished_profile = existing.model_copy(update=update)
     finished_profile.save(folder)
     analyse_folder(folder)
@@ -217,6 +223,7 @@ def _describe(
         options=observer.options,
         orders=observer.choices.orders,
         selectors=observer.selectors,
+        arithmetics=observer.arithmetics,
         shapes=observer.shapes,
         observed_calls=observer.observed_calls,
         data_range=workload.data_range,

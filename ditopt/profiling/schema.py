@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ditopt import files
 from ditopt.errors import FileError, ProfileError
+from ditopt.kernels.block_sparse_attention.reference_8bit import Arithmetic
 from ditopt.layout import TokenLayout
 from ditopt.patterns import HeadPattern, Selector, density
 from ditopt.plan import Block, Hardware, ModelRecord, Sampler
@@ -78,6 +79,7 @@ class AttentionCost(_Part):
         sparse_ms: (density, milliseconds) of the block-sparse executor, all heads in one call.
         mean_ms: the same with the block-mean remainder; empty where it cannot run.
         select_ms: time that choosing blocks by pooled scores takes on top; null: not measured.
+        arithmetic_ms: dense attention in 8-bit products; empty where the device has no kernel.
     """
 
     shape: SiteShape
@@ -85,6 +87,7 @@ class AttentionCost(_Part):
     sparse_ms: Annotated[tuple[tuple[_Density, _Milliseconds], ...], Field(min_length=2)]
     mean_ms: tuple[tuple[_Density, _Milliseconds], ...] = ()
     select_ms: _Milliseconds | None = None
+    arithmetic_ms: dict[Arithmetic, _Milliseconds] = Field(default_factory=dict)
 
 
 class Costs(_Part):
@@ -118,6 +121,7 @@ class Profile(_Part):
         options: choices whose errors were measured, the same for every profiled site.
         orders: token orders that options name; the first is None, the model's own.
         selectors: choices for all heads of a site whose errors were measured.
+        arithmetics: 8-bit products of dense attention whose errors were measured.
         shapes: operands of each profiled site; sites not listed stay dense.
         observed_calls: call indices at which candidate errors were measured.
         data_range: width of the result's value range for PSNR; null: `metrics.value_range` decides.
@@ -139,6 +143,7 @@ class Profile(_Part):
     options: tuple[AttentionOption, ...]
     orders: tuple[TokenOrder | None, ...] = (None,)
     selectors: tuple[SelectorOption, ...] = ()
+    arithmetics: tuple[Arithmetic, ...] = ()
     shapes: dict[str, SiteShape]
     observed_calls: tuple[int, ...]
     data_range: float | None
@@ -204,6 +209,7 @@ class SeedRecord(BaseModel):
         hidden_energy: [T] squared norm of the stack's outputs, summed likewise.
         step_energy: [T] mean squared change of the sampled tensor that call t leads to.
         selector_error: per site [O, H, S] squared error of each of the profile's selectors.
+        arithmetic_error: per site [O, H, A] squared error of each of the profile's arithmetics.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
@@ -214,6 +220,7 @@ class SeedRecord(BaseModel):
     hidden_energy: Tensor
     step_energy: Tensor
     selector_error: dict[str, Tensor] = Field(default_factory=dict)
+    arithmetic_error: dict[str, Tensor] = Field(default_factory=dict)
 
     def save(self, folder: Path, seed: int) -> None:
         """Write `seed_<n>.safetensors` atomically."""
@@ -223,6 +230,8 @@ class SeedRecord(BaseModel):
             tensors[f"squared_norm/{site}"] = self.squared_norm[site]
         for site, error in self.selector_error.items():
             tensors[f"selector_error/{site}"] = error
+        for site, error in self.arithmetic_error.items():
+            tensors[f"arithmetic_error/{site}"] = error
         with files.atomic_path(seed_path(folder, seed)) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors))
 
@@ -241,6 +250,11 @@ class SeedRecord(BaseModel):
                 squared_norm={s: tensors[f"squared_norm/{s}"] for s in profile.shapes},
                 selector_error={
                     s: tensors[f"selector_error/{s}"] for s in profile.shapes if profile.selectors
+                },
+                arithmetic_error={
+                    s: tensors[f"arithmetic_error/{s}"]
+                    for s in profile.shapes
+                    if profile.arithmetics
                 },
                 **{name: tensors[name] for name in ("gram", "hidden_energy", "step_energy")},
             )
@@ -270,6 +284,11 @@ class SeedRecord(BaseModel):
                 expected[f"selector_error/{site}"] = (
                     (observed, heads, len(profile.selectors)),
                     self.selector_error[site],
+                )
+            if profile.arithmetics:
+                expected[f"arithmetic_error/{site}"] = (
+                    (observed, heads, len(profile.arithmetics)),
+                    self.arithmetic_error[site],
                 )
         for field, (sizes, tensor) in expected.items():
             if tuple(tensor.shape) != sizes or not bool(torch.isfinite(tensor).all()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ditopt.patterns import Dense, HeadPattern, block_mask
@@ -46,7 +46,7 @@ class Choice:
     Attributes:
         name: the kind, in words.
         family: colour and sign, a key of `FAMILIES`.
-        parameters: the kind's sizes, in words; empty where it has none.
+        parameters: the kind's sizes and 8-bit products, in words; empty where it has none.
         density: kept fraction of blocks; None where the data decides how many.
         order: token order in which the blocks lie; empty for the model's own.
         remainder: what stands for dropped blocks; empty where nothing does.
@@ -84,17 +84,27 @@ class Choices:
             return [self._number(site, selector, told, from_data=True)] * site.heads
         patterns = None if phase is None else phase.attention.get(site.id)
         chosen: tuple[HeadPattern, ...] = patterns or (Dense(),) * site.heads
-        return [self._number(site, pattern, told) for pattern in chosen]
+        rule = None if phase is None else phase.arithmetic.get(site.id)
+        products = "" if rule is None else f"products {rule.kind}"
+        return [self._number(site, pattern, told, products) for pattern in chosen]
 
     def _number(
-        self, site: SiteRecord, rule: BaseModel, remainder: str, *, from_data: bool = False
+        self,
+        site: SiteRecord,
+        rule: BaseModel,
+        remainder: str,
+        products: str = "",
+        *,
+        from_data: bool = False,
     ) -> int:
         shape = self._profile.shapes.get(site.id)
         tokens = None if shape is None else shape.tokens
-        key = (rule, remainder, tokens)
+        key = (rule, remainder, tokens, products)
         if key not in self._numbers:
             self._numbers[key] = len(self.found)
-            self.found.append(self._describe(rule, remainder, tokens, from_data))
+            found = self._describe(rule, remainder, tokens, from_data)
+            words = ", ".join(part for part in (found.parameters, products) if part)
+            self.found.append(replace(found, parameters=words))
         return self._numbers[key]
 
     def _describe(self, rule: Any, remainder: str, tokens: int | None, from_data: bool) -> Choice:

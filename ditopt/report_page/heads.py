@@ -34,7 +34,7 @@ def heads(evidence: Evidence) -> dict[str, Any] | None:
     phases: tuple[Phase | None, ...] = (None,)
     if plan is not None:
         phases = plan.phases
-        named = named.union(*({*phase.attention, *phase.selectors} for phase in plan.phases))
+        named = named.union(*({*p.attention, *p.selectors, *p.arithmetic} for p in plan.phases))
     sites = [site for site in profile.model.sites if site.id in named]
     if not sites:
         return None
@@ -84,6 +84,13 @@ def _errors(evidence: Evidence, site: SiteRecord, phase: Phase | None) -> list[f
     calls = calls or list(range(len(profile.observed_calls)))
     error = torch.stack([r.squared_error[site.id][calls].sum(0) for r in evidence.records]).sum(0)
     norm = torch.stack([r.squared_norm[site.id][calls].sum(0) for r in evidence.records]).sum(0)
+    rule = None if phase is None else phase.arithmetic.get(site.id)
+    if rule is not None:
+        if rule.kind not in profile.arithmetics:
+            return [None] * site.heads
+        number = profile.arithmetics.index(rule.kind)
+        rounding = [r.arithmetic_error[site.id][calls, :, number] for r in evidence.records]
+        error = error + torch.stack(rounding).sum((0, 1))[:, None]  # beside what is dropped
     relative = (error / norm[:, None].clamp(min=1e-30)).sqrt()
     options = [_option(evidence, site, phase, head) for head in range(site.heads)]
     return [

@@ -68,6 +68,8 @@ def _phase(phase: Phase) -> str:
     sparse = len(phase.attention) + len(phase.selectors)
     if sparse:
         said.append(f"{sparse} sparse attention{'s' if sparse > 1 else ''}")
+    products = Counter(rule.kind for rule in phase.arithmetic.values())
+    said += [f"{count} attention{'s' * (count > 1)} {kind}" for kind, count in products.items()]
     formats = Counter(rule.format for rule in phase.linear.values())
     said += [f"{count} layers {name}" for name, count in formats.items()]
     return f"calls {start} to {stop - 1}: {', '.join(said) or 'as the model is'}"

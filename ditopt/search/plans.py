@@ -23,6 +23,7 @@ def plan_of(
     sites = predictor.sites(candidate.start, candidate.order, candidate.schedule)
     choices = candidate.assignment.choices
     rules, means = predictor.attention.rules(choices, sites)
+    arithmetic = predictor.attention.arithmetic(choices, sites)
     linear: dict[str, LinearRule] = {}
     model_record = profile.model
     if linears is not None:
@@ -36,6 +37,7 @@ def plan_of(
             calls=(candidate.start, calls),
             attention=rules,
             remainders=dict.fromkeys(means, MeanRemainder()),
+            arithmetic=arithmetic,
             linear=linear,
         ),
     ]
@@ -48,7 +50,7 @@ def plan_of(
         layout=profile.layout,
         block=profile.block,
         order=profile.orders[candidate.order] if rules else None,
-        phases=tuple(phases) if rules else (Phase(calls=(0, calls), linear=linear),),
+        phases=tuple(phases) if rules or arithmetic else (Phase(calls=(0, calls), linear=linear),),
         cache=cache_section(candidate.schedule),
         predicted=Predicted(
             seconds=candidate.seconds,

@@ -90,6 +90,7 @@ def test_the_shipped_order_holds() -> None:
         "search_hierarchically",
         "linearize_attention",
         "substitute_means",
+        "quantize_attention",
     ]
     assert set(BACKENDS) == {"eager", "inductor"}
     assert all(name == backend.name for name, backend in BACKENDS.items())

@@ -110,7 +110,10 @@ def test_a_profile_describes_the_loop_and_its_sites(tmp_path: Path) -> None:
     assert list(done.shapes) == ["blocks.0.attn1#0", "blocks.1.attn1#0"]
     assert done.notes == (
         "blocks.0.attn2#0: dense attention, queries and keys are different sequences",
+        "8-bit attention is not offered: the 8-bit kernel is for compute capability 9.0, "
+        "the device is cpu",
     )
+    assert done.arithmetics == ("int8_qk", "int8_qk_e4m3_pv")
     assert done.options[0].pattern == Dense()
     assert done.options.count(AttentionOption(pattern=Skip())) == 1
     assert done.orders[0] is None

@@ -2,13 +2,14 @@
 
 ``torch.ops.ditopt.block_sparse_attention_8bit``: a CPU runs `reference_8bit`, Hopper GPUs
 `hopper_8bit`; others refuse, because 8 bits are asked for by name and nothing may stand in for
-them. What the two arithmetics cost in accuracy: README.md.
+them. ``block_sparse_attention_8bit_simulated`` runs the reference on any device, for plans that
+allow it. What the two arithmetics cost in accuracy: README.md.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,18 +18,20 @@ from . import reference_8bit
 from .checks import check_broadcast, check_lists, check_tensors
 from .ops import empty_output
 
-Arithmetic = Literal["int8_qk", "int8_qk_e4m3_pv"]
+if TYPE_CHECKING:
+    from .reference_8bit import Arithmetic
 
 _NAME = "ditopt::block_sparse_attention_8bit"
-torch.library.define(
-    _NAME,
-    "(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, Tensor kv_indices, "
-    "int block_q, int block_k, float scale, bool values) -> Tensor",
-)
+_SIMULATED = "ditopt::block_sparse_attention_8bit_simulated"
+for _name in (_NAME, _SIMULATED):
+    torch.library.define(
+        _name,
+        "(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, Tensor kv_indices, "
+        "int block_q, int block_k, float scale, bool values) -> Tensor",
+    )
 
 
-@torch.library.impl(_NAME, "cpu")
-def _cpu(
+def _reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -45,6 +48,10 @@ def _cpu(
     return empty_output(q, v).copy_(exact)
 
 
+torch.library.impl(_NAME, "cpu", _reference)
+torch.library.impl(_SIMULATED, ("cpu", "cuda"), _reference)
+
+
 @torch.library.impl(_NAME, "cuda")
 def _cuda(
     q: Tensor,
@@ -59,7 +66,7 @@ def _cuda(
 ) -> Tensor:
     from . import hopper_8bit  # needs Triton
 
-    reason = hopper_8bit.reason_to_decline(q, block_q, block_k)
+    reason = reason_to_decline(q, block_q, block_k)
     if reason is not None:
         raise ValueError(f"q: {reason}")
     lists = (kv_num_blocks, kv_indices)
@@ -80,7 +87,17 @@ def _fake(
     return empty_output(q, v)
 
 
-torch.library.register_fake(_NAME, _fake)
+for _name in (_NAME, _SIMULATED):
+    torch.library.register_fake(_name, _fake)
+
+
+def reason_to_decline(q: Tensor, block_q: int, block_k: int) -> str | None:
+    """Why no 8-bit kernel can run a call on q's device, or None where one can."""
+    if q.device.type != "cuda":
+        return f"the 8-bit kernel is for compute capability 9.0, the device is {q.device.type}"
+    from . import hopper_8bit  # needs Triton
+
+    return hopper_8bit.reason_to_decline(q, block_q, block_k)
 
 
 def block_sparse_attention_8bit(

@@ -12,9 +12,12 @@ statistically: their errors against exact attention are equal, their outputs are
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+Arithmetic = Literal["int8_qk", "int8_qk_e4m3_pv"]
 E4M3_MAX = 448.0
 P_SCALE = 256.0
 
@@ -46,6 +49,14 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, block_k: int, *, values: bool) -> 
     return _int8(q, q_scale), _int8(k, k_scale), v8
 
 
+def attend(scores: Tensor, v8: Tensor, *, values: bool) -> Tensor:
+    """Output [..., N_q, D] of scores [..., N_q, N_k] and what V [..., N_k, D] stands for."""
+    p = torch.exp(scores - scores.amax(-1, keepdim=True)) * P_SCALE
+    total = p.sum(-1, keepdim=True)
+    p = round_e4m3(p) if values else p
+    return p @ v8 / total
+
+
 def block_sparse_attention_8bit(
     q: Tensor,
     k: Tensor,
@@ -75,8 +86,5 @@ def block_sparse_attention_8bit(
                 if not kept.numel():
                     continue
                 scores = q8[b, h, start : start + block_q] @ k8[b, h, kept].T * scale
-                p = torch.exp(scores - scores.amax(-1, keepdim=True)) * P_SCALE
-                total = p.sum(-1, keepdim=True)
-                p = round_e4m3(p) if values else p
-                out[b, h, start : start + block_q] = p @ v8[b, h, kept] / total
+                out[b, h, start : start + block_q] = attend(scores, v8[b, h, kept], values=values)
     return out
