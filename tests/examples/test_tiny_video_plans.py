@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from tiny_video.sampler import guided_conditions, load_checkpoint
 from torch import Tensor, nn
 
 from ditopt import fingerprint
 from ditopt.inspection import explain_fully
+from ditopt.kernels.block_sparse_attention.lists import from_blocks
+from ditopt.kernels.block_sparse_attention.reference_8bit import block_sparse_attention_8bit
 from ditopt.layout import TokenLayout
+from ditopt.metrics import psnr
 from ditopt.patterns import Skip, Window
 from ditopt.plan import Block, Hardware, ModelRecord, Phase, Plan, Sampler, SiteRecord
 from ditopt.plan.schema import MeanRemainder
+from ditopt.quantization.arithmetic import ArithmeticRule
 from ditopt.workload import Workload
 
 GRID = TokenLayout(3, 7, 9)  # of 63 tokens a frame, which no block divides
@@ -53,6 +58,34 @@ def plan(model: nn.Module, **phase: Any) -> Plan:
         block=Block(q=16, k=16),
         phases=(Phase(calls=(0, 1), **phase),),
     )
+
+
+def test_8_bit_attention_is_its_reference(
+    inputs: tuple[nn.Module, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled model beside one whose self-attentions are the kernel's reference."""
+    model, arguments = inputs
+    rule = ArithmeticRule(kind="int8_qk_e4m3_pv", simulate=True)
+    made = plan(model, arithmetic=dict.fromkeys(SITES, rule))
+    blocks = -(-GRID.tokens // 16)
+    lists = from_blocks(torch.ones(1, 1, blocks, blocks, dtype=torch.bool))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+        if k.shape[2] != GRID.tokens:
+            return exact(q, k, v, **given)
+        place = (16, 16, q.shape[-1] ** -0.5)
+        return block_sparse_attention_8bit(q, k, v, *lists, *place, values=True).float()
+
+    exact = F.scaled_dot_product_attention
+    torch._dynamo.reset()
+    with torch.no_grad():
+        dense = model(**arguments)
+        out = torch.compile(model, backend="ditopt_eager", options={"plan": made})(**arguments)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        expected = model(**arguments)
+    own = float((expected - dense).norm() / dense.norm())
+    assert float((out - expected).norm() / dense.norm()) < 0.1 * own
+    assert 20.0 < psnr(out, dense) < 80.0
 
 
 def test_means_come_closer_and_are_explained(inputs: tuple[nn.Module, dict[str, Tensor]]) -> None:

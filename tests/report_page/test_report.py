@@ -8,12 +8,15 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ditopt.cli import app
 from ditopt.errors import PlanError, ProfileError
 from ditopt.plan import Phase, Plan, Verification
+from ditopt.profiling.schema import SeedRecord
 from ditopt.quantization import LinearRule
+from ditopt.quantization.arithmetic import ArithmeticRule
 from ditopt.report import Decision
 from ditopt.report_page import build, write_report
 from ditopt.report_page.decisions import formats, grouped
@@ -148,6 +151,40 @@ def test_the_data_say_what_the_plan_says(whole):
     assert (last["family"], last["density"], last["mask"]) == ("selector", 0.25, None)
     assert data["phases"][1]["error"][2] == [None] * 4  # a selector's error is not in a profile
     assert data["phases"][0]["error"][0] == [0.0] * 4
+
+
+def test_8_bit_attention_is_said_at_its_heads(tmp_path):
+    folder, page = tmp_path / "prof", tmp_path / "report.html"
+    profile = write_profile(folder)
+    plan = make_plan(profile)
+    bare, listed = list(profile.shapes)[:2]
+    update = {
+        "attention": {listed: plan.phases[1].attention[listed]},
+        "arithmetic": dict.fromkeys((bare, listed), ArithmeticRule(kind="int8_qk")),
+    }
+    phases = (plan.phases[0], plan.phases[1].model_copy(update=update))
+    plan.model_copy(update={"phases": phases}).save(tmp_path / "plan.yaml")
+
+    def shown():
+        write_report(folder, page, tmp_path / "plan.yaml")
+        text = page.read_text(encoding="utf-8")
+        data = json.loads(Elements(text).data)["heads"]
+        rows = [site["id"] for site in data["sites"]].index(bare)
+        phase = data["phases"][1]
+        return [data["choices"][n] for n in phase["choice"][rows]], phase["error"][rows], text, data
+
+    choices, errors, text, data = shown()
+    assert {(c["name"], c["parameters"]) for c in choices} == {("dense", "products int8_qk")}
+    assert errors == [None] * 4  # this profile has not measured it
+    assert "2 attentions int8_qk" in text
+    ends = [c["parameters"].endswith("products int8_qk") for c in data["choices"]]
+    assert sum(ends) == 1 + len(set(plan.phases[1].attention[listed]))
+
+    rounding = {site: torch.full((3, 4, 1), 0.01, dtype=torch.float64) for site in profile.shapes}
+    record = SeedRecord.load(folder, 0, profile)
+    record.model_copy(update={"arithmetic_error": rounding}).save(folder, 0)
+    profile.model_copy(update={"arithmetics": ("int8_qk",)}).save(folder)
+    assert shown()[1] == [0.1] * 4  # the root of 0.01 of the norm
 
 
 def test_what_a_choice_captures_is_the_profiles_number(whole):
