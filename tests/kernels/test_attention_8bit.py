@@ -107,10 +107,14 @@ def test_e4m3_saturates_and_rounds_to_even() -> None:
     torch.testing.assert_close(reference_8bit.round_e4m3(x), expected)
 
 
+@pytest.mark.parametrize("name", ["", "_simulated"])
 @pytest.mark.parametrize("values", [False, True])
-def test_opcheck(values: bool) -> None:
-    operator = torch.ops.ditopt.block_sparse_attention_8bit.default
-    torch.library.opcheck(operator, (*case(SHAPES[0], dtype=torch.bfloat16), values))
+def test_opcheck(values: bool, name: str) -> None:
+    operator = getattr(torch.ops.ditopt, f"block_sparse_attention_8bit{name}").default
+    args = (*case(SHAPES[0], dtype=torch.bfloat16), values)
+    torch.library.opcheck(operator, args)
+    exact = reference_8bit.block_sparse_attention_8bit(*args[:-1], values=values)
+    torch.testing.assert_close(operator(*args), exact.bfloat16())
 
 
 def test_public_function_is_the_reference_on_a_cpu() -> None:
