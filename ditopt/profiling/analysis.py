@@ -276,7 +276,9 @@ def _overlap(a: Tensor, b: Tensor) -> float:
 
 
 def _rank_correlation(a: Floats, b: Floats) -> float:
-    """Spearman's, of errors [n, C], mean over n; 1 where all are equal."""
+    """Spearman's, of errors [n, C], mean over n; 1 where all are equal or nothing is ranked."""
+    if a.size == 0:
+        return 1.0
     ranks = [rankdata(x, axis=1) for x in (a, b)]
     x, y = (r - r.mean(axis=1, keepdims=True) for r in ranks)
     spread = np.sqrt((x * x).sum(1) * (y * y).sum(1))

@@ -115,8 +115,12 @@ class LinearChoices:
         return total / max(1, len(self._groups))
 
     def tensors(self, rules: Mapping[str, LinearRule]) -> dict[str, Tensor]:
-        """The statistics that the rules' transforms need."""
-        layers = [layer for layer, rule in rules.items() if rule.transform != "none"]
+        """The statistics that the rules' transforms and static scales need."""
+        layers = [
+            layer
+            for layer, rule in rules.items()
+            if rule.transform != "none" or rule.static is not None
+        ]
         return {
             key: value
             for key, value in self._statistics.items()

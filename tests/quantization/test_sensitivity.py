@@ -20,6 +20,7 @@ from ditopt.profiling.linears import (
     profile_linears,
 )
 from ditopt.profiling.schema import SeedRecord
+from ditopt.quantization import LinearRule
 from ditopt.quantization.statistics import InputStatistics
 from ditopt.search.assignment import Limits, evaluate, solve
 from ditopt.search.linears import LinearChoices
@@ -150,6 +151,8 @@ def test_the_search_takes_cheap_errors_first(found: tuple[LinearProfile, Path]) 
     assert {rules[f"inner.blocks.0.to_{x}"] for x in "qkv"} == {rules["inner.blocks.0.to_q"]}
     balanced = {layer for layer, rule in rules.items() if rule.transform != "none"}
     assert {key.partition("/")[2].partition("/")[2] for key in choices.tensors(rules)} == balanced
+    static = {"inner.blocks.1.down": LinearRule(format="int8_row", static=0)}
+    assert "linear/range_amax/inner.blocks.1.down" in choices.tensors(static)
 
 
 def test_a_format_that_is_not_faster_is_never_offered(found: tuple[LinearProfile, Path]) -> None:
