@@ -1,8 +1,8 @@
 """The embedded video model as an engine, beside the compiled model that it was made from.
 
-    python benchmarks/engine.py --engines /tmp/engines                    # without a plan
-    python benchmarks/engine.py --plan plan.yaml --loops 5 --engines /tmp/engines
-    python benchmarks/engine.py --plan plan.yaml --int8 --loops 5 --seeds 2 --engines /tmp/engines
+    python benchmarks/engine.py --engines engines                    # without a plan
+    python benchmarks/engine.py --plan plan.yaml --loops 5 --engines engines
+    python benchmarks/engine.py --plan plan.yaml --int8 --loops 5 --seeds 2 --engines engines
 
 Times one call of the model (the first of the sampling loop) by each in turn; with --loops whole
 sampling loops too, where a plan's skipped calls count, and with --seeds their PSNR against the

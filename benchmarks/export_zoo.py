@@ -1,6 +1,6 @@
 """Every architecture of the tests' zoo as an engine: which formats it exports to, and how exactly.
 
-    python benchmarks/export_zoo.py --engines /tmp/engines     # everything, hours on two cores
+    python benchmarks/export_zoo.py --engines engines     # everything, hours on two cores
     python benchmarks/export_zoo.py --formats onnx wan flux
 
 A pt2 engine is run three ways: by `ditopt.Engine`, by `examples/engine_runner/run.py` in a process

@@ -2,7 +2,7 @@
 
 Inductor holds a row in registers up to 1,024 numbers; longer ones it reads once for the reduction
 and again to use the result. Hidden sizes of DiTs are 1,152 to 4,096: on one H200 a norm and the
-rounding behind it take 0.55 of the time when the row is held (`producers` in
+rounding behind it take 0.55 to 0.59 of the time when the row is held (`producers` in
 benchmarks/results/quantization_h200.json).
 """
 

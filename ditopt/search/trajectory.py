@@ -35,9 +35,10 @@ GROWTH = 2.5
 COHERENCE = 0.5
 """Share of a pattern's error that has one direction at all calls.
 
-Both, and the gains that a search starts from, were chosen on 24 random plans of the embedded video
-model (rank correlation of predicted and measured quality 0.97); 50 other plans are judged in
-benchmarks/results/prediction_h200.json. Without coherence it was 0.92 and 0.85."""
+Both, and the gains that a search starts from, were fitted to 25 random plans of the embedded video
+model (rank correlation of predicted and measured quality 0.96, prediction_cpu.json in
+benchmarks/results); for 50 other plans it is 0.93, and was 0.86 before there was coherence
+(prediction_h200.json), which is what suggested it."""
 
 
 def step_sizes(record: SeedRecord) -> Floats:

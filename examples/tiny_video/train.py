@@ -142,19 +142,24 @@ def write_results(pair: nn.ModuleDict, recipe: Recipe, log: Log, out: Path) -> N
     out.mkdir(parents=True, exist_ok=True)
     save_checkpoint(pair["model"], pair["conditions"], out / "checkpoint.safetensors")
     device = next(pair.parameters()).device
+    write_log(log, out, pair["model"], recipe=vars(recipe), model=pair["model"].config.as_dict())
+    sample_sheet(out / "checkpoint.safetensors", out / "samples.png", device)
+
+
+def write_log(log: Log, out: Path, trained: nn.Module, **settings: object) -> None:
+    """Write loss.json, with the settings and where the model was trained, and loss.png."""
+    device = next(trained.parameters()).device
     record = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in pair["model"].parameters()),
-        "recipe": vars(recipe),
-        "model": pair["model"].config.as_dict(),
+        "parameters": sum(p.numel() for p in trained.parameters()),
+        **settings,
         "steps": log.step[-1] if log.step else 0,
         "final_loss": round(sum(log.loss[-10:]) / max(len(log.loss[-10:]), 1), 5),
         "curve": {"step": log.step, "seconds": log.seconds, "loss": log.loss},
     }
     (out / "loss.json").write_text(json.dumps(record, indent=1) + "\n")
     plot_loss(log, out / "loss.png")
-    sample_sheet(out / "checkpoint.safetensors", out / "samples.png", device)
 
 
 def plot_loss(log: Log, path: Path) -> None:

@@ -7,7 +7,6 @@ As tiny_video is trained, at 4,096 tokens (16 frames of 64 x 64 pixels) and fini
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from tiny_video.data import load_photographs
 from tiny_video.sampler import conditions_of, denoise, guided_conditions, to_frames
-from tiny_video.train import Log, Recipe, draw_batch, flow_loss, learning_rate, plot_loss
+from tiny_video.train import Log, Recipe, draw_batch, flow_loss, learning_rate, write_log
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -106,15 +105,7 @@ def write_results(pair: nn.ModuleDict, stages: tuple[Stage, ...], log: Log, out:
     out.mkdir(parents=True, exist_ok=True)
     save_checkpoint(pair["model"], pair["conditions"], out / "checkpoint.safetensors")
     device = next(pair.parameters()).device
-    record = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in pair["model"].parameters()),
-        "stages": [vars(stage) for stage in stages],
-        "curve": {"step": log.step, "seconds": log.seconds, "loss": log.loss},
-    }
-    (out / "loss.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot_loss(log, out / "loss.png")
+    write_log(log, out, pair["model"], stages=[vars(stage) for stage in stages])
     pair.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     rows = []
     for seed in range(4):

@@ -241,6 +241,7 @@ class Merged(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gelu = nn.functional.gelu(self.up(x), approximate="tanh")
+        gelu = nn.functional.dropout(gelu, 0.1, training=False)  # as feed-forwards have it
         return self.out(nn.functional.silu(self.down(torch.cat([x, gelu], dim=2))))
 
 
