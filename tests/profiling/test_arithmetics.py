@@ -50,7 +50,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def test_errors_are_the_reference_s(scratch: int) -> None:
     q, k, v = operands()
     found = arithmetic_errors(q, k, v, block_k=BLOCK, scale=0.2, scratch_bytes=scratch)
-    torch.testing.assert_close(found, by_hand(q, k, v, 0.2), rtol=1e-2, atol=0)
+    torch.testing.assert_close(found, by_hand(q, k, v, 0.2), rtol=1e-3, atol=0)
     assert found.shape == (3, 2)
     assert (found[:, 1] > found[:, 0]).all()  # e4m3 on top
 
