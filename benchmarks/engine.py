@@ -2,11 +2,14 @@
 
     python benchmarks/engine.py --engines engines                    # without a plan
     python benchmarks/engine.py --plan plan.yaml --loops 5 --engines engines
-    python benchmarks/engine.py --plan plan.yaml --int8 --loops 5 --seeds 2 --engines engines
+    python benchmarks/engine.py --plan plan.yaml --linear int8_row --loops 5 --seeds 2 --engines e
+    python benchmarks/engine.py --plan plan.yaml --attention uniform_window --profile prof \
+        --linear fp8_row --loops 15 --seeds 3 --engines engines
 
 Times one call of the model (the first of the sampling loop) by each in turn; with --loops whole
 sampling loops too, where a plan's skipped calls count, and with --seeds their PSNR against the
-dense model. --int8 adds int8_row to the plan, at every large layer of the blocks in every phase but
+dense model. --attention gives the plan the phases of an attention recipe (dense warm-up, then
+sparse heads); --linear adds a number format to every large layer of the blocks in every phase but
 the first. On a busy CPU the processor time of this process tells more than the clock, so both are
 recorded. Engines in --engines are kept; numbers that were not asked for are kept, too, where the
 output file has them already.
@@ -40,6 +43,7 @@ from ditopt.metrics import compare  # noqa: E402
 from ditopt.plan import Plan  # noqa: E402
 from ditopt.quantization import LinearRule  # noqa: E402
 from ditopt.quantization.plans import candidates, linear_records  # noqa: E402
+from ditopt.recipes.attention import plan_of_recipe  # noqa: E402
 from ditopt.timing import timed  # noqa: E402
 from ditopt.torch_backend import compiled_graphs  # noqa: E402
 from ditopt.workload import load_workload  # noqa: E402
@@ -69,14 +73,21 @@ def in_turn(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, An
     return row
 
 
-def in_8_bits(plan: Plan, call: Any, model: torch.nn.Module) -> Plan:
-    """The plan with `int8_row` where it is worth it, in all phases but the careful first one."""
+def with_recipe(plan: Plan, recipe: str, profile: Path) -> Plan:
+    """The plan with the sparse heads of an attention recipe, and its dense warm-up."""
+    sparse = plan_of_recipe(profile, recipe)
+    names = ("layout", "block", "order", "phases")
+    return plan.model_copy(update={name: getattr(sparse, name) for name in names})
+
+
+def in_8_bits(plan: Plan, call: Any, model: torch.nn.Module, number_format: Any) -> Plan:
+    """The plan with a format where it is worth it, in all phases but the careful first one."""
     torch.compiler.reset()
     with torch.no_grad():
         torch.compile(model, backend="ditopt_eager")(*call.args, **call.kwargs)
     graph = compiled_graphs(model)[-1]
     torch.compiler.reset()
-    rules = dict.fromkeys((s.id for s in candidates(graph)), LinearRule(format="int8_row"))
+    rules = dict.fromkeys((s.id for s in candidates(graph)), LinearRule(format=number_format))
     first, *later = plan.phases
     phases = (first, *(phase.model_copy(update={"linear": rules}) for phase in later))
     named = plan.model.model_copy(update={"linears": linear_records(graph.linear)})
@@ -104,7 +115,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="single calls")
     parser.add_argument("--loops", type=int, default=0, help="whole sampling loops")
     parser.add_argument("--seeds", type=int, default=0, help="of PSNR against the dense model")
-    parser.add_argument("--int8", action="store_true", help="8-bit layers in the plan, too")
+    parser.add_argument("--attention", help="recipe of sparse attention; needs --profile")
+    parser.add_argument("--profile", type=Path, help="of the embedded model on this device")
+    parser.add_argument("--linear", help="number format of the plan's layers, such as int8_row")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     workload = load_workload(demo_workload())
@@ -113,8 +126,12 @@ def main() -> int:
     plan = None if arguments.plan is None else Plan.load(arguments.plan)
     call = record(workload, name, seed=SEED)[0]
     label = "eng_no_plan" if plan is None else "eng_plan"
-    if plan is not None and arguments.int8:
-        plan, label = in_8_bits(plan, call, model), "eng_plan_int8"
+    if plan is not None and arguments.attention:
+        plan = with_recipe(plan, arguments.attention, arguments.profile)
+        label += f"_{arguments.attention}"
+    if plan is not None and arguments.linear:
+        plan = in_8_bits(plan, call, model, arguments.linear)
+        label += f"_{arguments.linear}"
     folder = arguments.engines / label
     if not folder.exists():
         arguments.engines.mkdir(parents=True, exist_ok=True)
@@ -143,7 +160,9 @@ def main() -> int:
         "environment": describe_environment(device),
         "workload": workload.title,
         "plan": None if plan is None else str(plan.goal),
-        "int8_layers": 0 if plan is None else max(len(phase.linear) for phase in plan.phases),
+        "sparse_sites": 0 if plan is None else max(len(phase.attention) for phase in plan.phases),
+        "format": arguments.linear,
+        "layers_in_it": 0 if plan is None else max(len(phase.linear) for phase in plan.phases),
         "load_ms": round(load_ms, 1),
         "nbytes": sum(path.stat().st_size for path in files),
         "weights_nbytes": sum(p.nbytes for p in model.parameters()),

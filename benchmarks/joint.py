@@ -4,13 +4,17 @@
     python benchmarks/joint.py PROFILE --work DIR --stage quality    # baselines, and all audits
     python benchmarks/joint.py PROFILE --work DIR --stage time       # alone on the machine
     ... --output benchmarks/results/joint_cpu.json                   # with any stage
+    ... --stage search --only joint                                  # a share of a stage
+    ... --stage merge --parts DIR DIR                                # shares together
 
-The embedded video model. `search` plans with all techniques, and with each one alone. `quality`
-gives every recipe of step caching and of attention its best settings: of those that reach the goal
-on tune seeds, the one with fewest full calls (caches, with the setting that the profile predicts to
-be best for each number) or of lowest quality (attention). All are then judged on the same audit
-seeds. Both stages sample without compilation and keep each sample in DIR, so they go on after an
-interruption. `time` compiles all plans and runs them in turns.
+The embedded video model, or --workload. `search` plans with all techniques, and with each one
+alone. `quality` gives every recipe of step caching and of attention its best settings: of those
+that reach the goal on tune seeds, the one with fewest full calls (caches, with the setting that the
+profile predicts to be best for each number) or of lowest quality (attention). All are then judged
+on the same audit seeds. Both stages sample without compilation and keep each sample in DIR, so they
+go on after an interruption. `time` compiles all plans and runs them in turns. Several processes may
+share a stage, each with the names after --only and a folder of its own; `merge` brings their
+records and plans together in that of --work.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +61,6 @@ SEARCHED: dict[str, tuple[Technique, ...]] = {
 }
 
 
-_KINDS = ("caching", "attention")
-
-
 class Samples:
     """PSNR of plans by seed, kept in a file; stands for the sampler of a search."""
 
@@ -85,10 +88,13 @@ class Samples:
         return statistics.fmean(self.psnr_db(plan, seed) for seed in seeds)
 
 
-def search_stage(folder: Path, samples: Samples, goal_db: float, spec: LoopSpec) -> dict[str, Any]:
+def search_stage(
+    folder: Path, samples: Samples, goal_db: float, spec: LoopSpec, names: Sequence[str]
+) -> dict[str, Any]:
     """A plan for each set of techniques, or why there is none."""
     found: dict[str, Any] = {}
-    for name, techniques in SEARCHED.items():
+    for name in names:
+        techniques = SEARCHED[name]
         print(name, flush=True)
         options = SearchOptions(techniques=techniques, loop=spec)
         path = _plan_path(samples.work, name)
@@ -120,12 +126,12 @@ def quality_stage(
     goal_db: float,
     tune: Sequence[int],
     audit: Sequence[int],
-    kinds: Sequence[str],
+    wanted: Sequence[str],
 ) -> dict[str, Any]:
     """Every recipe with its best settings, and the audit of all plans on the same seeds."""
     profile, records = load_complete(folder)
     found: dict[str, Any] = {}
-    for name, tried in _baselines(folder, profile, records, samples.workload, kinds):
+    for name, tried in _baselines(folder, profile, records, samples.workload, wanted):
         print(name, flush=True)
         chosen = _chosen(tried, samples, goal_db, tune)
         if chosen is None:
@@ -157,12 +163,14 @@ def _baselines(
     profile: Profile,
     records: Sequence[SeedRecord],
     workload: Workload,
-    kinds: Sequence[str],
+    wanted: Sequence[str],
 ) -> Iterator[tuple[str, Tried]]:
     """Recipes with all plans that they may try, cheapest first where that is known."""
-    predictor, _ = predictor_of(folder, profile, records, SearchOptions())
-    signals = record(workload, profile.seeds).signals
-    for name in recipe_names() if "caching" in kinds else ():
+    caches = [name for name in recipe_names() if name in wanted]
+    if caches:
+        predictor, _ = predictor_of(folder, profile, records, SearchOptions())
+        signals = record(workload, profile.seeds).signals
+    for name in caches:
         recipe, best = Recipe.load(name), dict[int, tuple[float, dict[str, Any], Plan]]()
         for settings, schedule in recipe.variants(signals):
             try:
@@ -174,7 +182,7 @@ def _baselines(
             if count not in best or error < best[count][0]:
                 best[count] = (error, settings, plan)
         yield recipe.name, [best[count][1:] for count in sorted(best)]
-    for name in AttentionRecipe.names() if "attention" in kinds else ():
+    for name in (name for name in AttentionRecipe.names() if name in wanted):
         attention = AttentionRecipe.load(name)
         tried: Tried = []
         for settings in attention.settings():
@@ -234,6 +242,24 @@ def time_stage(workload: Workload, work: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def take_part(part: Path, work: Path) -> dict[str, Any]:
+    """Copy one process's plans into the common folder; its record."""
+    for path in part.glob("plan *"):
+        shutil.copy(path, work)
+    result: dict[str, Any] = json.loads((part / "joint.json").read_text())
+    return result
+
+
+def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What each stage found, of all processes."""
+    found: dict[str, Any] = {}
+    for record_of_part in records:
+        for stage in ("search", "quality"):
+            if stage in record_of_part:
+                found[stage] = found.get(stage, {}) | record_of_part[stage]
+    return found
+
+
 def _cache_plan(profile: Profile, schedule: Any) -> Plan:
     return Plan(
         model=profile.model,
@@ -263,14 +289,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile", type=Path, help="what `ditopt profile --linears` wrote")
     parser.add_argument("--work", type=Path, required=True, help="folder for plans and samples")
-    parser.add_argument("--stage", choices=("search", "quality", "time"), required=True)
+    parser.add_argument("--stage", choices=("search", "quality", "time", "merge"), required=True)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--workload", help="another one than the embedded model's")
     parser.add_argument("--device", help="sample in float32 on this device (not with `time`)")
     parser.add_argument("--min-psnr", type=float, default=30.0)
     parser.add_argument("--tune-seeds", type=int, default=2)
     parser.add_argument("--audit-seeds", type=int, default=16)
-    parser.add_argument("--recipes", nargs="+", choices=_KINDS, default=_KINDS)
+    parser.add_argument("--only", nargs="+", help="names of searches or recipes; all by default")
+    parser.add_argument("--parts", nargs="+", type=Path, help="work folders that `merge` reads")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     workload = load_workload(options.workload) if options.workload else example(options.device)
@@ -279,22 +306,26 @@ def main() -> None:
     audit = range(AUDIT_SEED, AUDIT_SEED + options.audit_seeds)
     if options.stage == "search":
         spec = LoopSpec(tune_seeds=options.tune_seeds, audit_seeds=options.audit_seeds)
-        found = search_stage(options.profile, samples, options.min_psnr, spec)
+        names = [name for name in SEARCHED if name in (options.only or SEARCHED)]
+        found = search_stage(options.profile, samples, options.min_psnr, spec, names)
     elif options.stage == "quality":
-        found = quality_stage(
-            options.profile, samples, options.min_psnr, tune, audit, options.recipes
-        )
-    else:
+        names = options.only or [*recipe_names(), *AttentionRecipe.names()]
+        found = quality_stage(options.profile, samples, options.min_psnr, tune, audit, names)
+    elif options.stage == "time":
         found = time_stage(workload, options.work, rounds=3)
     (model,) = workload.models.values()
     kept = options.work / "joint.json"
     result = json.loads(kept.read_text()) if kept.exists() else {}
+    if options.stage == "merge":
+        found = merged([result, *map(take_part, options.parts, repeat(options.work))])
+    else:
+        found = {options.stage: found}
     result |= {
         "environment": describe_environment(next(model.parameters()).device),
         "workload": workload.title,
         "goal_db": options.min_psnr,
         "profile_seeds": list(Profile.load(options.profile).seeds),
-        options.stage: found,
+        **found,
     }
     for path in (kept, options.output):
         if path is not None:

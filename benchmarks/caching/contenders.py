@@ -140,6 +140,7 @@ def planned_entries(
     tune: Sequence[int],
     short_list: int,
     moves: int,
+    history: int,
 ) -> Iterator[Entry]:
     """The planner: with the recording alone, by a short list of samples, and with moves."""
     drawn = draw_calls(recording.gram, steps=recording.steps)
@@ -155,6 +156,7 @@ def planned_entries(
                 partial(sampled.mean, seeds=tune),
                 short_list=listed,
                 moves=moved,
+                history=history,
             )
             yield Entry(name, budget, chosen.schedule, None, len(chosen.sampled))
 

@@ -115,8 +115,9 @@ def main() -> None:
     parser.add_argument("--backend", default="eager", choices=["inductor", "eager"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--budgets", nargs="*", type=int, default=list(range(4, 13)))
-    parser.add_argument("--short-list", type=int, default=12)
-    parser.add_argument("--moves", type=int, default=16)
+    parser.add_argument("--short-list", type=int, default=24)
+    parser.add_argument("--moves", type=int, default=60)
+    parser.add_argument("--history", type=int, default=3, help="residuals in a planned row")
     parser.add_argument("--seeds", type=int, default=8, help="to record, and as many to tune on")
     parser.add_argument("--tiny", action="store_true", help="small clips, few seeds: a dry run")
     arguments = parser.parse_args()
@@ -137,13 +138,14 @@ def main() -> None:
         shape = SMALL if arguments.tiny else CLIP
         sampled = Sampled(workload, recording, arguments.backend, shape)
         plain = [sampled.compare(sampled.run(None, seed), seed) for seed in audit]
+        planner = {name: getattr(arguments, name) for name in ("short_list", "moves", "history")}
         result = {
             "model": "examples/tiny_video",
             "dtype": arguments.dtype,
             "backend": arguments.backend,
             "calls": recording.calls,
             "seeds": {"profile": profile, "tune": tune, "audit": audit},
-            "planner": {"short_list": arguments.short_list, "moves": arguments.moves},
+            "planner": planner,
             "full_plan_db": [round(value, 2) for value in plain],
             "rows": rows,
         }
@@ -158,7 +160,7 @@ def main() -> None:
         print(f"ready: {time.perf_counter() - started:.0f} s, full plan {plain}", flush=True)
         common = (recording, sampled, arguments.budgets, tune)
         if arguments.only in ("", "planned"):
-            for entry in planned_entries(*common, arguments.short_list, arguments.moves):
+            for entry in planned_entries(*common, *planner.values()):
                 add(judged(entry, sampled, audit))
         for name in recipe_names():
             if arguments.only in ("", "recipes", name):
