@@ -3,16 +3,15 @@
     python benchmarks/engine.py --engines engines                    # without a plan
     python benchmarks/engine.py --plan plan.yaml --loops 5 --engines engines
     python benchmarks/engine.py --plan plan.yaml --linear int8_row --loops 5 --seeds 2 --engines e
-    python benchmarks/engine.py --plan plan.yaml --attention uniform_window --profile prof \
-        --linear fp8_row --loops 15 --seeds 3 --engines engines
+    python benchmarks/engine.py --plan cpu_plan.yaml --profile prof --loops 9 --engines engines
 
 Times one call of the model (the first of the sampling loop) by each in turn; with --loops whole
 sampling loops too, where a plan's skipped calls count, and with --seeds their PSNR against the
-dense model. --attention gives the plan the phases of an attention recipe (dense warm-up, then
-sparse heads); --linear adds a number format to every large layer of the blocks in every phase but
-the first. On a busy CPU the processor time of this process tells more than the clock, so both are
-recorded. Engines in --engines are kept; numbers that were not asked for are kept, too, where the
-output file has them already.
+dense model. --profile takes the records of model and device from a profile made here, for a plan
+found on another device. --linear adds a number format to every large layer of the blocks in every
+phase but the first. On a busy CPU the processor time of this process tells more than the clock, so
+both are recorded. Engines in --engines are kept; numbers that were not asked for are kept, too,
+where the output file has them already.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ from ditopt.export.verify import worst_error  # noqa: E402
 from ditopt.files import write_json  # noqa: E402
 from ditopt.metrics import compare  # noqa: E402
 from ditopt.plan import Plan  # noqa: E402
+from ditopt.profiling.schema import Profile  # noqa: E402
 from ditopt.quantization import LinearRule  # noqa: E402
 from ditopt.quantization.plans import candidates, linear_records  # noqa: E402
-from ditopt.recipes.attention import plan_of_recipe  # noqa: E402
 from ditopt.timing import timed  # noqa: E402
 from ditopt.torch_backend import compiled_graphs  # noqa: E402
 from ditopt.workload import load_workload  # noqa: E402
@@ -73,11 +72,10 @@ def in_turn(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, An
     return row
 
 
-def with_recipe(plan: Plan, recipe: str, profile: Path) -> Plan:
-    """The plan with the sparse heads of an attention recipe, and its dense warm-up."""
-    sparse = plan_of_recipe(profile, recipe)
-    names = ("layout", "block", "order", "phases")
-    return plan.model_copy(update={name: getattr(sparse, name) for name in names})
+def for_this_device(plan: Plan, profile: Profile) -> Plan:
+    """The plan with the model (its dtype) and the device of a profile that was made here."""
+    model = profile.model.model_copy(update={"linears": plan.model.linears})
+    return plan.model_copy(update={"model": model, "hardware": profile.hardware})
 
 
 def in_8_bits(plan: Plan, call: Any, model: torch.nn.Module, number_format: Any) -> Plan:
@@ -115,7 +113,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="single calls")
     parser.add_argument("--loops", type=int, default=0, help="whole sampling loops")
     parser.add_argument("--seeds", type=int, default=0, help="of PSNR against the dense model")
-    parser.add_argument("--attention", help="recipe of sparse attention; needs --profile")
     parser.add_argument("--profile", type=Path, help="of the embedded model on this device")
     parser.add_argument("--linear", help="number format of the plan's layers, such as int8_row")
     parser.add_argument("--output", type=Path)
@@ -126,9 +123,8 @@ def main() -> int:
     plan = None if arguments.plan is None else Plan.load(arguments.plan)
     call = record(workload, name, seed=SEED)[0]
     label = "eng_no_plan" if plan is None else "eng_plan"
-    if plan is not None and arguments.attention:
-        plan = with_recipe(plan, arguments.attention, arguments.profile)
-        label += f"_{arguments.attention}"
+    if plan is not None and arguments.profile:
+        plan, label = for_this_device(plan, Profile.load(arguments.profile)), "eng_plan_adopted"
     if plan is not None and arguments.linear:
         plan = in_8_bits(plan, call, model, arguments.linear)
         label += f"_{arguments.linear}"
@@ -155,14 +151,15 @@ def main() -> int:
         }
         loops = in_turn(variants, arguments.loops)
     quality = psnr_db(workload, name, {"compiled": compiled, "engine": engine}, arguments.seeds)
+    phases = () if plan is None else plan.phases
     files = [path for path in folder.rglob("*") if path.is_file()]
     result = {
         "environment": describe_environment(device),
         "workload": workload.title,
         "plan": None if plan is None else str(plan.goal),
-        "sparse_sites": 0 if plan is None else max(len(phase.attention) for phase in plan.phases),
-        "format": arguments.linear,
-        "layers_in_it": 0 if plan is None else max(len(phase.linear) for phase in plan.phases),
+        "sparse_sites": max((len(phase.attention) for phase in phases), default=0),
+        "formats": sorted({r.format for phase in phases for r in phase.linear.values()}),
+        "layers_in_them": max((len(phase.linear) for phase in phases), default=0),
         "load_ms": round(load_ms, 1),
         "nbytes": sum(path.stat().st_size for path in files),
         "weights_nbytes": sum(p.nbytes for p in model.parameters()),

@@ -15,12 +15,15 @@ from models import interleave, kernels_of, relative_l2
 from quantization_products import CUDA, DEVICE, rule
 from shapes import SHAPES, build
 
+from ditopt.quantization.arithmetic import ArithmeticRule
 from ditopt.quantization.plans import candidates, uniform_plan
 from ditopt.timing import Spread, synchronize, timed
 from ditopt.torch_backend import compiled_graphs
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ditopt.plan import Plan
 
 MIN_ROWS = 256
 LONG = ("flux",)
@@ -47,11 +50,12 @@ def model_process(name: str, folder: Path, rounds: int, tiny: bool) -> None:
             "torch.compile": {},
             "ditopt": {"backend": "ditopt"},
             "ditopt, fp8": {"backend": "ditopt", "options": {"plan": plan}},
-            "ditopt, fp8, own rounding": {
-                "backend": "ditopt",
-                "options": {"plan": plan, "rounding_kernel": True},
-            },
         }
+        if in_8_bits := _with_attention(plan):
+            variants["ditopt, fp8, 8-bit attention"] = {
+                "backend": "ditopt",
+                "options": {"plan": in_8_bits},
+            }
         if name in LONG:
             del variants["ditopt"]
         calls, first = {}, None
@@ -87,6 +91,14 @@ def model_process(name: str, folder: Path, rounds: int, tiny: bool) -> None:
         del run, first, out
         result["memory"] = _memory(model, plan, sites, inputs)
     write_json(folder / f"{name}.json", result)
+
+
+def _with_attention(plan: Plan) -> Plan | None:
+    """The plan with 8-bit attention where its kernel gains: 128 channels, not to a prompt."""
+    sites = (s.id for s in plan.model.sites if s.kind != "cross" and s.head_dim == 128)
+    rules = dict.fromkeys(sites, ArithmeticRule(kind="int8_qk_e4m3_pv"))
+    phases = tuple(phase.model_copy(update={"arithmetic": rules}) for phase in plan.phases)
+    return plan.model_copy(update={"phases": phases}) if rules and CUDA else None
 
 
 def _memory(model: Any, plan: Any, sites: Any, inputs: dict[str, Any]) -> dict[str, Any]:
