@@ -214,9 +214,13 @@ def _chosen(
     return tried[min(passing)[1]] if passing else None
 
 
-def time_stage(workload: Workload, work: Path, rounds: int) -> dict[str, Any]:
-    """All plans side by side, compiled; medians of one sampling loop."""
+def time_stage(
+    workload: Workload, work: Path, rounds: int, names: Sequence[str] | None
+) -> dict[str, Any]:
+    """Plans side by side, compiled, the joint one always among them; medians of one loop."""
     plans = {path.stem.removeprefix("plan "): path for path in sorted(work.glob("plan *.yaml"))}
+    if names is not None:
+        plans = {name: path for name, path in plans.items() if name in {*names, "joint"}}
     variants: dict[str, Any] = {"eager": lambda module: module, "torch.compile": torch.compile}
     for name, path in plans.items():
         options: Any = {"plan": Plan.load(path)}
@@ -251,12 +255,15 @@ def take_part(part: Path, work: Path) -> dict[str, Any]:
 
 
 def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What each stage found, of all processes."""
+    """What each stage found, of all processes; times stay apart, each share has its own `joint`."""
     found: dict[str, Any] = {}
     for record_of_part in records:
         for stage in ("search", "quality"):
             if stage in record_of_part:
                 found[stage] = found.get(stage, {}) | record_of_part[stage]
+        for share in record_of_part.get("time_shares", [record_of_part.get("time")]):
+            if share is not None:
+                found.setdefault("time_shares", []).append(share)
     return found
 
 
@@ -296,6 +303,7 @@ def main() -> None:
     parser.add_argument("--min-psnr", type=float, default=30.0)
     parser.add_argument("--tune-seeds", type=int, default=2)
     parser.add_argument("--audit-seeds", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3, help="of `time`")
     parser.add_argument("--only", nargs="+", help="names of searches or recipes; all by default")
     parser.add_argument("--parts", nargs="+", type=Path, help="work folders that `merge` reads")
     options = parser.parse_args()
@@ -312,7 +320,7 @@ def main() -> None:
         names = options.only or [*recipe_names(), *AttentionRecipe.names()]
         found = quality_stage(options.profile, samples, options.min_psnr, tune, audit, names)
     elif options.stage == "time":
-        found = time_stage(workload, options.work, rounds=3)
+        found = time_stage(workload, options.work, options.rounds, options.only)
     (model,) = workload.models.values()
     kept = options.work / "joint.json"
     result = json.loads(kept.read_text()) if kept.exists() else {}

@@ -65,6 +65,8 @@ def released_rows(
 ) -> Iterator[dict[str, Any]]:
     """Caches that run outside of plans, each with its best settings on tune seeds."""
     workload = sampled.workload
+    for seed in (*tune, *audit):
+        sampled.dense(seed)  # now: below, another stack stands in the model's place
 
     def one(make: Any, counted: float | None, seeds: Sequence[int]) -> tuple[float, list[float]]:
         counts, values = [], []

@@ -1,7 +1,7 @@
 """Trains the larger video model: `cd examples && python -m wan_video.train --out DIR`.
 
 As tiny_video is trained, at 4,096 tokens (16 frames of 64 x 64 pixels) and finished at 16,384
-(128 x 128). 14 minutes by the clock; weights are an exponential moving average. Muon trains the
+(128 x 128). 8 minutes by the clock; weights are an exponential moving average. Muon trains the
 blocks' matrices (github.com/KellerJordan/Muon, scaled as in arXiv 2502.16982), AdamW the rest.
 """
 
@@ -36,7 +36,7 @@ class Stage:
     learning_rate: float
 
 
-STAGES = (Stage(10.0, 16, SIZE // 2, 1e-3), Stage(4.0, 4, SIZE, 2e-4))
+STAGES = (Stage(5.5, 16, SIZE // 2, 1e-3), Stage(2.5, 4, SIZE, 3e-4))
 
 
 def train(stages: tuple[Stage, ...], out: Path, device: torch.device) -> None:

@@ -35,14 +35,14 @@ WIDTH = 256
 
 CONFIG: dict[str, Any] = {
     "patch_size": (1, 4, 4),
-    "num_attention_heads": 6,
+    "num_attention_heads": 5,
     "attention_head_dim": 64,
     "in_channels": 3,
     "out_channels": 3,
     "text_dim": WIDTH,
     "freq_dim": 256,
-    "ffn_dim": 1536,
-    "num_layers": 10,
+    "ffn_dim": 1280,
+    "num_layers": 8,
     "cross_attn_norm": True,
     "rope_max_seq_len": 64,
 }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -93,6 +94,7 @@ def test_session_waits_only_in_the_first_two_calls() -> None:
 
 
 def test_stored_bytes_are_those_predicted() -> None:
+    gc.collect()  # what earlier tests left must not be freed while bytes are counted
     runtime, text = make_runtime(), torch.ones(1, device="cuda")
     x = torch.randn(TOKENS, device="cuda", dtype=torch.bfloat16)
     held, before = [], torch.cuda.memory_allocated()
