@@ -1,21 +1,18 @@
 """The plan: data that names every choice, readable by people and checked before it is used."""
 
 from ditopt.plan.plan import Plan
-from ditopt.plan.schema import (
-    Block,
-    Cache,
-    Gate,
+from ditopt.plan.records import (
     Goal,
     Hardware,
     LinearRecord,
     ModelRecord,
-    Phase,
     Predicted,
     Sampler,
     SideFile,
     SiteRecord,
     Verification,
 )
+from ditopt.plan.schema import Block, Cache, Gate, Phase
 
 __all__ = [
     "Block",

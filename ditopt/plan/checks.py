@@ -11,14 +11,8 @@ from ditopt.errors import PlanError, did_you_mean
 
 if TYPE_CHECKING:
     from ditopt.layout import TokenLayout
-    from ditopt.plan.schema import (
-        Cache,
-        LinearRecord,
-        ModelRecord,
-        Phase,
-        Sampler,
-        SiteRecord,
-    )
+    from ditopt.plan.records import LinearRecord, ModelRecord, Sampler, SiteRecord
+    from ditopt.plan.schema import Cache, Phase
     from ditopt.token_order import TokenOrder
 
 

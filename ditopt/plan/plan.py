@@ -15,19 +15,17 @@ from ditopt import files
 from ditopt.errors import PlanError
 from ditopt.layout import TokenLayout
 from ditopt.plan import checks, side_file, yaml_text
-from ditopt.plan.schema import (
-    Block,
-    Cache,
+from ditopt.plan.fields import Text
+from ditopt.plan.records import (
     Goal,
     Hardware,
     ModelRecord,
-    Phase,
     Predicted,
     Sampler,
     SideFile,
-    Text,
     Verification,
 )
+from ditopt.plan.schema import Block, Cache, Phase
 from ditopt.token_order import TokenOrder
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ditopt.errors import PlanError
 from ditopt.files import atomic_path
-from ditopt.plan.schema import SideFile
+from ditopt.plan.records import SideFile
 
 if TYPE_CHECKING:
     from torch import Tensor

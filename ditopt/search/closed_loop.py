@@ -17,9 +17,11 @@ import numpy as np
 
 from ditopt.errors import GoalUnattainable
 from ditopt.plan import Goal, Plan, Verification
-from ditopt.search.aims import Aim, Outcome, Trial, aim_of
+from ditopt.search.aims import Aim, Outcome, Trial
 from ditopt.search.plans import plan_of
+from ditopt.search.quality_aim import QualityAim
 from ditopt.search.record import Trial as TrialRecord
+from ditopt.search.speed_aim import SpeedAim
 from ditopt.search.tuning import SampleSchedule, ScheduleTuner
 
 if TYPE_CHECKING:
@@ -90,13 +92,11 @@ class ClosedLoop:
     ) -> None:
         self._predictor, self._goal, self._spec = predictor, goal, spec
         self._verify, self._progress = verify, progress
-        self._aim: Aim = aim_of(
-            goal,
-            predictor,
-            model,
-            margin_db=spec.margin_db,
-            slack_db=spec.slack_db,
-            speed_margin=spec.speed_margin,
+        quality = goal.min_psnr_db is not None or goal.min_ssim is not None
+        self._aim: Aim = (
+            QualityAim(predictor, model, goal, spec.margin_db, spec.slack_db)
+            if quality
+            else SpeedAim(predictor, model, goal, spec.speed_margin)
         )
         self.tuner: ScheduleTuner | None = None
         if sample_schedule is not None:
