@@ -5,7 +5,9 @@
 Gate: before its time is printed, each result of one head is compared with the fp64 reference and
 must be within twice the error of the bf16 reference. Options are compared with the same kernel on
 the same lists without them; means are timed apart. Backward is compared with cuDNN's dense one:
-efficiency = its time / ours x density. Medians and 20th to 80th percentiles of CUDA events, bf16.
+efficiency = its time / ours x density. Head sizes have their bound, measured in the same run: the
+slower of the kernel's softmax alone and its products alone (`attention_parts`), and the share of it
+that the kernel reaches. Medians and 20th to 80th percentiles of CUDA events, bf16.
 """
 
 from __future__ import annotations
@@ -160,7 +162,9 @@ def gradients(name: str, heads: int, n: int, d: int) -> list[Row]:
 
 
 def head_sizes() -> list[Row]:
-    """The plain kernel at density 0.25, as a factor over D = 128."""
+    """The plain kernel at density 0.25, as a factor over D = 128, and its share of the bound."""
+    from attention_parts import run
+
     rows: list[Row] = []
     for d in (128, 112, 96, 80, 72, 64, 32):
         q, k, v = operands(12, 32768, d)
@@ -172,6 +176,10 @@ def head_sizes() -> list[Row]:
         row |= time_ms(call)
         rows.append(row | {"over_128": row["ms"] / (rows[0] if rows else row)["ms"]})
         rows[-1]["allowed"] = 1.15 * math.ceil(d / 16) * 16 / 128
+        parts = (partial(run, q, k, v, counts, ids, BLOCK, softmax=x) for x in (True, False))
+        softmax, products = (time_ms(part)["ms"] for part in parts)
+        rows[-1] |= {"softmax_ms": softmax, "products_ms": products}
+        rows[-1]["share_of_bound"] = max(softmax, products) / row["ms"]
         print(line(rows[-1]), flush=True)
     return rows
 
@@ -197,7 +205,7 @@ def small_blocks() -> list[Row]:
 def line(row: Row) -> str:
     factors = "  ".join(
         f"{name} {row[name]:.3f}"
-        for name in ("over_drop", "over_128", "allowed", "efficiency")
+        for name in ("over_drop", "over_128", "allowed", "share_of_bound", "efficiency")
         if name in row
     )
     error = f"{row['error']:.1e}" if "error" in row else ""
