@@ -22,6 +22,8 @@ class HopperConfig:
     stages: int
     q_stages: int
     pingpong: bool
+    q_registers: bool = False
+    late_rescale: bool = False
     programs_per_processor: int = 1
     max_registers: int | None = None
 

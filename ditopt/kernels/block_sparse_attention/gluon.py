@@ -12,9 +12,10 @@ and not written.
 Persistent CTAs take tiles from a counter, heads in descending order of work. A producer warp walks
 the lists and fills rings of K and V tiles by TMA; each consumer overlaps the softmax of one tile
 with the matrix products around it, and with PINGPONG two consumers take turns at the tensor cores
-(FlashAttention-3, arXiv 2407.08608, section 3). The last entry of a list goes first: ids ascend, so
-it alone can be ragged and masked. TMA clips every box to the tensor, so an id out of range reads
-nothing outside.
+(FlashAttention-3, arXiv 2407.08608, section 3). With Q_REGISTERS q k^T reads the query tile from
+registers instead of shared memory; LATE_RESCALE puts the output's rescaling behind the start of the
+next q k^T. The last entry of a list goes first: ids ascend, so it alone can be ragged and masked.
+TMA clips every box to the tensor, so an id out of range reads nothing outside.
 
 Cost: 4 D FLOPs per kept (query, key) pair; 4 D BLOCK_N bytes, mostly from L2, per list entry.
 """
@@ -133,17 +134,28 @@ def _finish(o1, o2, D2: gl.constexpr):
 
 
 @gluon.jit
+def _rescale(o1, o2, alpha, rows1: gl.constexpr, rows2: gl.constexpr, D2: gl.constexpr):
+    """The output so far, in units of the new maximum."""
+    o1 = o1 * gl.convert_layout(alpha, rows1)[:, None]
+    if D2 > 0:
+        o2 = o2 * gl.convert_layout(alpha, rows2)[:, None]
+    return o1, o2
+
+
+@gluon.jit
 def _consume(
     descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
     D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr, PART: gl.constexpr,
+    PINGPONG: gl.constexpr, Q_REGISTERS: gl.constexpr, LATE_RESCALE: gl.constexpr,
+    HAS_LSE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = descs[0].dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o1_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
     REST: gl.constexpr = D2 if D2 > 0 else D1
     o2_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16])
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o1_layout, 2)
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows1: gl.constexpr = gl.SliceLayout(1, o1_layout)
@@ -163,15 +175,23 @@ def _consume(
         q_part = q_slot * CONSUMERS + PART
         q1 = smem[0].index(q_part).reshape([64, D1])
         q2 = smem[1].index(q_part).reshape([64, REST])
+        qa = q1
+        qb = q2
+        if Q_REGISTERS:
+            qa = q1.load(q_layout)
+            qb = qa
+            if D2 > 0:
+                qb = q2.load(q_layout)
         o1 = gl.zeros([64, D1], gl.float32, o1_layout)
         o2 = gl.zeros([64, REST], gl.float32, o2_layout)
         m = gl.zeros([64], gl.float32, rows)
         norm = gl.zeros([64], gl.float32, rows)
+        alpha = gl.full([64], 1.0, gl.float32, rows)
         zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
         if count > 0:
             start = gl.load(ids + count - 1) * BLOCK_N
             mbarrier.wait(k_full.index(it % STAGES), (it // STAGES) & 1)
-            s = _scores(q1, q2, smem, it % STAGES, zero, BLOCK_N, D1, D2)
+            s = _scores(qa, qb, smem, it % STAGES, zero, BLOCK_N, D1, D2)
             s = warpgroup_mma_wait(0, (s,))
             mbarrier.arrive(k_empty.index(it % STAGES), count=1)
             offs = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
@@ -189,7 +209,9 @@ def _consume(
                 if PINGPONG:
                     mbarrier.wait(turn.index(PART), turns & 1)
                     turns += 1
-                s = _scores(q1, q2, smem, ahead % STAGES, zero, BLOCK_N, D1, D2)
+                s = _scores(qa, qb, smem, ahead % STAGES, zero, BLOCK_N, D1, D2)
+                if LATE_RESCALE:
+                    o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D2)
                 mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
                 o1, o2 = _values(p, smem, slot, o1, o2, BLOCK_N, D1, D2)
                 if PINGPONG:
@@ -209,10 +231,11 @@ def _consume(
                 o1, o2 = _finish(o1, o2, D2)
                 mbarrier.arrive(v_empty.index(slot), count=1)
                 p = p_next
-                o1 = o1 * gl.convert_layout(alpha, rows1)[:, None]
-                if D2 > 0:
-                    o2 = o2 * gl.convert_layout(alpha, rows2)[:, None]
+                if not LATE_RESCALE:
+                    o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D2)
                 it = ahead
+            if LATE_RESCALE:
+                o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D2)
             mbarrier.wait(v_full.index(it % STAGES), (it // STAGES) & 1)
             o1, o2 = _values(p, smem, it % STAGES, o1, o2, BLOCK_N, D1, D2)
             o1, o2 = _finish(o1, o2, D2)
@@ -270,7 +293,8 @@ def _forward(
     heads, tiles_per_head, tiles, width, programs, n_q, n_k, qk_scale,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
     D1: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr, HAS_LSE: gl.constexpr,
+    PINGPONG: gl.constexpr, Q_REGISTERS: gl.constexpr, LATE_RESCALE: gl.constexpr,
+    HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     q1 = _ring(q_desc, CONSUMERS * Q_STAGES, 64, D1)
     k1 = _ring(k_desc, STAGES, BLOCK_N, D1)
@@ -305,12 +329,12 @@ def _forward(
                 (_consume, (
                     descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
                     CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES,
-                    PINGPONG, HAS_LSE, gl.constexpr(0),
+                    PINGPONG, Q_REGISTERS, LATE_RESCALE, HAS_LSE, gl.constexpr(0),
                 )),
                 (_consume, (
                     descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
                     CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES,
-                    PINGPONG, HAS_LSE, gl.constexpr(1),
+                    PINGPONG, Q_REGISTERS, LATE_RESCALE, HAS_LSE, gl.constexpr(1),
                 )),
                 (_produce, (
                     descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2,
@@ -326,7 +350,7 @@ def _forward(
                 (_consume, (
                     descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
                     CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2, STAGES, Q_STAGES,
-                    False, HAS_LSE, gl.constexpr(0),
+                    False, Q_REGISTERS, LATE_RESCALE, HAS_LSE, gl.constexpr(0),
                 )),
                 (_produce, (
                     descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D1, D2,

@@ -101,7 +101,8 @@ def forward(
     limit = {"maxnreg": config.max_registers} if config.max_registers else {}
     constants = (
         *(consumers, block_q // (64 * consumers), block_k, *tiles),
-        *(config.stages, config.q_stages, config.pingpong, return_lse),
+        *(config.stages, config.q_stages, config.pingpong),
+        *(config.q_registers, config.late_rescale, return_lse),
     )
     arguments = (
         *_boxes(q, 64, tiles), *_boxes(k, block_k, tiles),
