@@ -93,6 +93,25 @@ def test_backward(
         assert true.holds(ours), name
 
 
+@pytest.mark.parametrize("n_k", [96, 90, 20])  # whole blocks, a ragged last one, none that is whole
+@pytest.mark.parametrize("wrong", [-1, -(1 << 20), 3, 1 << 20])
+def test_wrong_ids_read_nothing_outside(n_k: int, wrong: int, build_case: Build) -> None:
+    from ditopt.kernels.block_sparse_attention import triton
+
+    case = build_case((1, 2, 40, n_k, 32, 32, 32), "", torch.float32).to(DEVICE)
+    q, k, v, counts, ids, *rest = case.args
+    around = [torch.full((1, 2, n_k + 256, 32), math.nan, device=DEVICE) for _ in "kv"]
+    for outer, inner in zip(around, (k, v), strict=True):
+        outer[:, :, 128:-128] = inner
+    k, v = (x[:, :, 128:-128] for x in around)
+    counts = torch.full_like(counts, 99)  # beyond the lists, too
+    ids = ids.clone()
+    ids[..., :-1:2] = wrong
+    ids[..., -1] = 0
+    out = triton.forward(q, k, v, counts, ids, *rest, config=config_of(case))[0]
+    assert out.isfinite().all()
+
+
 def test_lists_broadcast_over_batch_and_heads(build_case: Build) -> None:
     from ditopt.kernels.block_sparse_attention import triton, triton_backward
 

@@ -69,9 +69,9 @@ def hopper_config(gpu: str, consumers: int, block_k: int, channels: int) -> Hopp
 @lru_cache
 def plain_config(gpu: str, block_q: int, block_k: int, channels: int) -> PlainConfig:
     """Tiles of one launch of the plain kernel, no larger than the blocks of the lists."""
-    entry = dict(_smallest(list(_entries(gpu, "plain")), channels))
-    del entry["channels"]
-    entry["block_n"] = min(entry["block_n"], block_k)
-    if block_q < entry["block_m"]:
-        entry |= {"block_m": block_q, "num_warps": 4}
+    rows = 128 if block_q >= 128 else 64
+    wanted = [e for e in _entries(gpu, "plain") if e["block_q"] == rows]
+    entry = dict(_smallest(wanted, channels))
+    del entry["block_q"], entry["channels"]
+    entry |= {"block_m": min(entry["block_m"], block_q), "block_n": min(entry["block_n"], block_k)}
     return PlainConfig(**entry)

@@ -10,8 +10,11 @@ memory, K and V tiles are software-pipelined through the id loads. Head sizes th
 two are split into two tiles (72 = 64 + 16, 96 = 64 + 32), so that nothing is multiplied with more
 than 15 zeros.
 
-Only the last entry of a list can be ragged (ids ascend), so only that one runs mask code. Loads are
-guarded by 0 <= token < N_k in every case: an id out of range reads nothing.
+Only the last entry of a list can be ragged (ids ascend), so only that one runs mask code, and loads
+that are guarded by 0 <= token < N_k: an id out of range reads nothing. The entries before it are
+whole blocks: their ids are clamped to the whole blocks of the tensor, so that rows need no guards
+and addresses in a tile are computed once, outside the loop. Where an option hides keys, every load
+is guarded.
 
 Cost: 4 D FLOPs per kept (query, key) pair; K and V are read once per list entry, mostly from L2
 (512 D bytes per 128-token block and query block in 16-bit formats). Source: attention.md 5.2.
@@ -46,6 +49,7 @@ from .triton_tiles import (
     store_tile,
     strides,
     test_bits,
+    tile_from,
 )
 from .triton_tiles import aligned as aligned
 
@@ -57,15 +61,21 @@ if TYPE_CHECKING:
 def _step(
     acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside, bias, seen,
     qk_scale,
-    BIAS: tl.constexpr, MASK: tl.constexpr,
+    WHOLE: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """One key tile of the online softmax, in log2 units.
 
+    Its tokens are ``offs`` [N] where ``inside``; under WHOLE those of ``offs`` + ``inside`` [N].
     ``bias`` [N] counts under BIAS, and may hide keys; ``seen``, [1, N] or [M, N], under MASK.
     """
-    k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
-    s = inner(q1, q2, k1, k2, D2, IEEE)
+    if WHOLE:
+        k1, k2 = tile_from(k_ptr, offs, inside, stride_kn, D, D1, D2)
+        s = inner(q1, q2, k1, k2, D2, IEEE)
+        v1, v2 = tile_from(v_ptr, offs, inside, stride_vn, D, D1, D2)
+    else:
+        k1, k2 = load_tile(k_ptr, offs, inside, stride_kn, D, D1, D2)
+        s = inner(q1, q2, k1, k2, D2, IEEE)
     if BIAS:
         s = s * qk_scale + bias[None, :]
         qk_scale = 1.0
@@ -78,7 +88,8 @@ def _step(
     p = tl.math.exp2(s * qk_scale - shift[:, None])
     alpha = tl.math.exp2(m - shift)
     norm = norm * alpha + tl.sum(p, 1)
-    v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2)
+    if not WHOLE:
+        v1, v2 = load_tile(v_ptr, offs, inside, stride_vn, D, D1, D2)
     acc1 = acc1 * alpha[:, None]
     if D2 > 0:
         acc2 = acc2 * alpha[:, None]
@@ -100,7 +111,7 @@ def _forward(
     heads, n_q, n_k, n_pooled, width, some_width, masks, qk_scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_LSE: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, WHOLE: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, MASKED_STAGES: tl.constexpr,
     IEEE: tl.constexpr,
@@ -145,11 +156,18 @@ def _forward(
     if HAS_LENGTHS or HAS_BIAS:
         plain = 0
     for j in range(plain):
-        block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
-        offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, False)
+        if WHOLE:
+            PARTS: tl.constexpr = BLOCK_K // BLOCK_N
+            block = tl.load(ids_ptr + j // PARTS)
+            block = tl.minimum(tl.maximum(block, 0), n_k // BLOCK_K - 1)
+            offs = block * BLOCK_K + (j % PARTS) * BLOCK_N
+            inside = tl.arange(0, BLOCK_N)
+        else:
+            block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
+            offs, inside = existing(block, place, lengths_ptr, n_k, BLOCK_K, False)
         acc1, acc2, m, norm = _step(
             acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
-            inside, inside, qk_scale, False, False, D, D1, D2, IEEE,
+            inside, inside, qk_scale, WHOLE, False, False, D, D1, D2, IEEE,
         )  # fmt: skip
     for j in tl.range(plain, total, num_stages=MASKED_STAGES):
         block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
@@ -157,7 +175,7 @@ def _forward(
         bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
         acc1, acc2, m, norm = _step(
             acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
-            bias, inside[None, :], qk_scale, HAS_BIAS, True, D, D1, D2, IEEE,
+            bias, inside[None, :], qk_scale, False, HAS_BIAS, True, D, D1, D2, IEEE,
         )  # fmt: skip
     if HAS_PARTIAL:
         some_ids_ptr += b * stride_sib + h * stride_sih + row.to(tl.int64) * stride_siq
@@ -176,7 +194,7 @@ def _forward(
             bias = load_bias(bias_ptr, offs, inside, HAS_BIAS)
             acc1, acc2, m, norm = _step(
                 acc1, acc2, m, norm, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs, inside,
-                bias, seen & inside[None, :], qk_scale, HAS_BIAS, True, D, D1, D2, IEEE,
+                bias, seen & inside[None, :], qk_scale, False, HAS_BIAS, True, D, D1, D2, IEEE,
             )  # fmt: skip
     if HAS_POOLED:
         pooled_k_ptr += b * (stride_pkb * 8) + h * (stride_pkh * 8)
@@ -190,7 +208,8 @@ def _forward(
             bias = tl.where(test_bits(bits_ptr, offs, inside), bias, float("-inf"))
             acc1, acc2, m, norm = _step(
                 acc1, acc2, m, norm, q1, q2, pooled_k_ptr, pooled_v_ptr, stride_pkn * 8,
-                stride_pvn * 8, offs, inside, bias, inside, qk_scale, True, False, D, D1, D2, IEEE,
+                stride_pvn * 8, offs, inside, bias, inside, qk_scale, False, True, False, D, D1, D2,
+                IEEE,
             )  # fmt: skip
 
     inverse = (1.0 / tl.where(norm == 0.0, 1.0, norm))[:, None]
@@ -211,7 +230,8 @@ def default_config(q: Tensor, block_q: int, block_k: int, plainly: bool) -> Plai
     name = torch.cuda.get_device_name(q.device)
     config = plain_config(name, block_q, block_k, int(q.shape[-1]))
     if block_k < 64:  # several entries fill a tile
-        config = replace(config, block_n=32 if block_q == 16 else 64)
+        block_n, num_stages = 32 if block_q == 16 else 64, min(3, config.num_stages)
+        config = replace(config, block_n=block_n, num_stages=num_stages)
     if block_q < 64:
         return replace(config, num_warps=block_q // 16)
     # Options take registers; of 8 warps only one program would fit a multiprocessor.
@@ -255,6 +275,9 @@ def forward(
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         D=d, D1=first, D2=second, HAS_LSE=return_lse,
         EVEN=config.block_n <= block_k and k.shape[2] % block_k == 0,
+        WHOLE=bool(
+            config.block_n <= block_k <= k.shape[2] and max(k.stride(2), v.stride(2)) < 1 << 24
+        ),
         HAS_PARTIAL=partial is not None, HAS_LENGTHS=block_lengths is not None,
         HAS_BIAS=key_bias is not None, HAS_POOLED=pooled is not None,
         MASKED_STAGES=min(3, config.num_stages), IEEE=q.dtype == torch.float32,

@@ -5,8 +5,8 @@
 """What the plain Triton kernels share: tiles of rows, list entries, bits, head sizes in two parts.
 
 A head size D that is no power of two is D1 + D2 channels (72 = 64 + 16, 96 = 64 + 32), so that
-nothing is multiplied with more than 15 zeros; D2 = 0 for none. Every load of keys, values and
-queries is guarded by its position, so no id reads outside the tensors.
+nothing is multiplied with more than 15 zeros; D2 = 0 for none. Loads of keys, values and
+queries are guarded by their positions, or ids are clamped: no id reads outside the tensors.
 """
 
 from __future__ import annotations
@@ -43,6 +43,34 @@ def load_tile(
     x2 = x1
     if D2 > 0:
         x2 = load_columns(ptr, offs, inside, stride, D1, D2, D)
+    return x1, x2
+
+
+@triton.jit
+def columns_from(
+    ptr, first, rows, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """Like `load_columns`, of rows ``first`` + ``rows`` that all exist.
+
+    What depends on ``rows`` stays the same from tile to tile: compilers move it out of a loop.
+    """
+    cols = FIRST + tl.arange(0, WIDTH)
+    ptr += tl.cast(first, tl.int64) * stride
+    offs = rows[:, None] * stride + cols[None, :]
+    if FIRST + WIDTH > D:
+        return tl.load(ptr + offs, mask=(rows >= 0)[:, None] & (cols < D)[None, :], other=0.0)
+    return tl.load(ptr + offs)
+
+
+@triton.jit
+def tile_from(
+    ptr, first, rows, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+):  # fmt: skip
+    """Like `load_tile`, of rows ``first`` + ``rows`` that all exist; stride below 2^24."""
+    x1 = columns_from(ptr, first, rows, stride, 0, D1, D)
+    x2 = x1
+    if D2 > 0:
+        x2 = columns_from(ptr, first, rows, stride, D1, D2, D)
     return x1, x2
 
 
