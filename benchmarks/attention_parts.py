@@ -25,13 +25,12 @@ from ditopt.kernels.block_sparse_attention.triton import default_config
 from ditopt.kernels.block_sparse_attention.triton_tiles import (
     accumulate,
     eighths,
-    entry_tokens,
-    existing,
     inner,
     list_arguments,
     load_tile,
     split_head_size,
     store_tile,
+    tile_from,
 )
 
 if TYPE_CHECKING:
@@ -97,12 +96,14 @@ def _part(
             acc1, acc2, m, norm, s = _softmax_step(acc1, acc2, m, norm, s, qk_scale, D2)
         acc1 += (norm + tl.sum(s, 1))[:, None]
     else:
+        rows = tl.arange(0, BLOCK_N)
         for j in range(total):
-            block, place = entry_tokens(ids_ptr, j, count, BLOCK_K, BLOCK_N)
-            offs, inside = existing(block, place, ids_ptr, n_k, BLOCK_K, False)
-            k1, k2 = load_tile(k_ptr, offs, inside, stride_kn * 8, D, D1, D2)
+            block = tl.load(ids_ptr + j // (BLOCK_K // BLOCK_N))
+            block = tl.minimum(tl.maximum(block, 0), n_k // BLOCK_K - 1)
+            start = block * BLOCK_K + (j % (BLOCK_K // BLOCK_N)) * BLOCK_N
+            k1, k2 = tile_from(k_ptr, start, rows, stride_kn * 8, D, D1, D2)
             s = inner(q1, q2, k1, k2, D2, False)
-            v1, v2 = load_tile(v_ptr, offs, inside, stride_vn * 8, D, D1, D2)
+            v1, v2 = tile_from(v_ptr, start, rows, stride_vn * 8, D, D1, D2)
             acc1, acc2 = accumulate(acc1, acc2, s.to(v1.dtype), v1, v2, D2, False)
     store_tile(out_ptr, offs_m, in_q, stride_qm * 8, acc1, acc2, D, D1, D2)
 
@@ -110,7 +111,10 @@ def _part(
 def run(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, ids: Tensor, block: int, *, softmax: bool
 ) -> Tensor:
-    """One part of attention over these lists (square blocks, bfloat16); the values mean nothing."""
+    """One part of attention over these lists (bfloat16, square blocks that divide N).
+
+    The values mean nothing.
+    """
     batch, heads, n, d = q.shape
     config = default_config(q, block, block, True)
     first, second = split_head_size(d)
