@@ -9,7 +9,8 @@ case, must be within twice the error that the bf16 reference itself has against 
 keeps. 8-bit rows count the quantisation, whose time stands beside. `dispatched` repeats the row of
 the executor that `dispatch` chooses, among all and among those that need no extra package;
 `--choose-again` does only that, on any machine, after new costs. Medians and 20th to 80th
-percentiles of CUDA events. A run for some shapes replaces only their rows in the output.
+percentiles of CUDA events. A run for some shapes replaces only their rows in the output, a run for
+some implementations (`--only`) only theirs, which then hold the dense times they were divided by.
 """
 
 from __future__ import annotations
@@ -102,11 +103,15 @@ def compiled_flex(block_q: int, block_k: int, scale: float) -> Callable[..., Ten
     return lambda *args: compiled(*args[:5])[0]
 
 
-def candidates(q: Tensor, block_q: int, block_k: int) -> dict[str, Callable[..., Tensor]]:
-    """Implementations with the operator's signature."""
+def candidates(
+    q: Tensor, block_q: int, block_k: int, only: list[str]
+) -> dict[str, Callable[..., Tensor]]:
+    """Implementations with the operator's signature, or ``only`` these of ours."""
     from ditopt.kernels.block_sparse_attention import triton as kernel
 
     found: dict[str, Callable[..., Tensor]] = {"ours": ops.call, "ours, plain Triton": kernel.plain}
+    if only:
+        return {label: call for label, call in found.items() if label in only}
     found[EXECUTORS["flex"]] = compiled_flex(block_q, block_k, q.shape[-1] ** -0.5)
     if fa4.reason_to_decline(q, block_q, block_k) is None:
         found[EXECUTORS["fa4"]] = torch.ops.ditopt.block_sparse_attention_fa4.default
@@ -197,9 +202,12 @@ def dense_rows(name: str, heads: int, q: Tensor, k: Tensor, v: Tensor) -> list[d
 
 
 def run_case(
-    name: str, heads: int, n: int, d: int, cases: list[dict[str, Any]]
+    name: str, heads: int, n: int, d: int, cases: list[dict[str, Any]], only: list[str]
 ) -> list[dict[str, Any]]:
-    """All implementations on all lists of one shape; stops the program when the gate is red."""
+    """Implementations (``only`` these, if any) on all lists of one shape.
+
+    Stops the program when the gate is red.
+    """
     torch.manual_seed(0)
     shape = (1, n, heads, d)
     q, k, v = (
@@ -215,7 +223,7 @@ def run_case(
         density = float(counts.float().mean()) / ids.shape[-1]
         rest = (block_q, block_k, d**-0.5)
         if blocks not in implementations:
-            implementations[blocks] = candidates(q, *blocks)
+            implementations[blocks] = candidates(q, *blocks, only)
         head = (q[:, -1:], k[:, -1:], v[:, -1:], counts[:, -1:], ids[:, -1:])
         truth = reference.block_sparse_attention(*(x.double() for x in head[:3]), *head[3:], *rest)
         own = relative_error(reference.block_sparse_attention(*head, *rest), truth)
@@ -226,7 +234,7 @@ def run_case(
             if not error <= 2 * own:
                 raise SystemExit(f"gate: {label}, {name}, {case}: error {error}, budget {2 * own}")
             rows.append({"implementation": label, "error": error, **time_ms(partial(call, *args))})
-        if case.get("eight_bit"):
+        if case.get("eight_bit") and not only:
             for label in EIGHT_BIT:
                 measured = eight_bit(args, head, truth, label, case)
                 rows.append({"implementation": label, **measured})
@@ -239,6 +247,7 @@ def run_case(
                     "speedup_over_fa2": flash / found["ms"],
                 }
                 | {"efficiency": base / found["ms"] * density}
+                | ({"cudnn_ms": base, "fa2_ms": flash} if only else {})
             )
             print(row(results[-1]), flush=True)
         if blocks != (128, 128):
@@ -250,6 +259,17 @@ def run_case(
             )
             print(row(results[-1]), f"ours reaches {share:.3f} of it", flush=True)
     return results
+
+
+def replaced(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``before`` with the sparse rows of a run for some implementations in their places."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["shape"], row["implementation"], *row["block"], row["lists"], row["density"]
+
+    new = {key(row): {**row, "date": DATE} for row in rows if "block" in row}
+    kept = [new.pop(key(row), row) if "block" in row else row for row in before]
+    return kept + list(new.values())
 
 
 def row(result: dict[str, Any]) -> str:
@@ -272,6 +292,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--choose-again", action="store_true", help="time nothing")
     parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
+    parser.add_argument(
+        "--only", default=[], action="append", choices=["ours", EXECUTORS["triton"]]
+    )
     options = parser.parse_args()
     if options.choose_again:
         report = json.loads(options.output.read_text())
@@ -303,13 +326,19 @@ def main() -> None:
         "results": [],
     }
     if options.output and options.output.exists():
-        names = {name for name in SHAPES if options.shapes not in name}
-        before = json.loads(options.output.read_text())["results"]
-        report["results"] = [row for row in before if row["shape"] in names]
+        before = json.loads(options.output.read_text())
+        if options.only:
+            report = before
+        names = {name for name in SHAPES if options.only or options.shapes not in name}
+        report["results"] = [row for row in before["results"] if row["shape"] in names]
     for name, shape in SHAPES.items():
         if options.shapes not in name:
             continue
-        report["results"] += run_case(name, *shape, cases[name])
+        rows = run_case(name, *shape, cases[name], options.only)
+        if options.only:
+            report["results"] = replaced(report["results"], rows)
+        else:
+            report["results"] += rows
         report["results"] = choose_again(report["results"], gpu)
         torch._dynamo.reset()
         if options.output:

@@ -7,7 +7,8 @@ must be within twice the error of the bf16 reference. Options are compared with 
 the same lists without them; means are timed apart. Backward is compared with cuDNN's dense one:
 efficiency = its time / ours x density. Head sizes have their bound, measured in the same run: the
 slower of the kernel's softmax alone and its products alone (`attention_parts`), and the share of it
-that the kernel reaches. Medians and 20th to 80th percentiles of CUDA events, bf16.
+that the kernel reaches. Medians and 20th to 80th percentiles of CUDA events, bf16. A run for some
+parts replaces only their rows in the output.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,13 @@ def small_blocks() -> list[Row]:
     return [row]
 
 
+def replaced(before: list[Row], rows: list[Row]) -> list[Row]:
+    """``before`` with ``rows`` in their places, new ones at the end."""
+    new = {(row["shape"], row["option"], row["density"]): row for row in rows}
+    kept = [new.pop((row["shape"], row["option"], row["density"]), row) for row in before]
+    return kept + list(new.values())
+
+
 def line(row: Row) -> str:
     factors = "  ".join(
         f"{name} {row[name]:.3f}"
@@ -219,6 +228,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--date", required=True, help="of this run, written into the report")
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "options_128": partial(options_cost, "12x32768x128", 12, 32768, 128),
+        "options_64": partial(options_cost, "24x32768x64", 24, 32768, 64),
+        "gradients_128": partial(gradients, "12x32768x128", 12, 32768, 128),
+        "gradients_64": partial(gradients, "24x32768x64", 24, 32768, 64),
+        "head_sizes": head_sizes,
+        "small_blocks": small_blocks,
+    }
+    parser.add_argument("--parts", nargs="+", default=list(parts), choices=list(parts))
     options = parser.parse_args()
     import triton
 
@@ -235,15 +253,11 @@ def main() -> None:
         "block": [BLOCK, BLOCK],
         "results": [],
     }
-    for part in (
-        partial(options_cost, "12x32768x128", 12, 32768, 128),
-        partial(options_cost, "24x32768x64", 24, 32768, 64),
-        partial(gradients, "12x32768x128", 12, 32768, 128),
-        partial(gradients, "24x32768x64", 24, 32768, 64),
-        head_sizes,
-        small_blocks,
-    ):
-        report["results"] += part()
+    if options.parts != list(parts) and options.output and options.output.exists():
+        report = json.loads(options.output.read_text())
+    for name in options.parts:
+        rows = [{**row, "date": options.date} for row in parts[name]()]
+        report["results"] = replaced(report["results"], rows)
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n")
 
