@@ -37,6 +37,7 @@ CASES: list[tuple[tuple[int, ...], str]] = [  # batch, heads, n_q, n_k, head siz
     ((1, 1, 70, 90, 80, 32, 32), "m"),
     ((1, 2, 33, 130, 96, 16, 64), "plm"),
     ((1, 1, 20, 40, 112, 16, 32), "lw"),
+    ((1, 1, 20, 512, 24, 16, 16), "m"),  # as many means as fill a tile
 ]
 LARGE: list[tuple[tuple[int, ...], str]] = [
     ((2, 2, 1000, 777, 128, 128, 128), "plbw"),
@@ -47,6 +48,8 @@ LARGE: list[tuple[tuple[int, ...], str]] = [
     ((1, 2, 500, 300, 112, 64, 64), "plm"),
     ((1, 2, 500, 300, 64, 16, 16), "bw"),
     ((1, 2, 500, 300, 32, 256, 32), "plm"),
+    ((1, 2, 200, 8192, 64, 128, 64), "m"),
+    ((1, 1, 200, 16384, 128, 128, 128), "m"),
 ]
 RUNS = [(*case, dtype) for dtype in (torch.float32, torch.float16) for case in CASES]
 if CUDA:  # every program takes seconds to compile

@@ -45,10 +45,10 @@ from .triton_tiles import (
     list_arguments,
     load_bias,
     load_tile,
+    seen_bias,
     split_head_size,
     store_tile,
     strides,
-    test_bits,
     tile_from,
 )
 from .triton_tiles import aligned as aligned
@@ -113,8 +113,8 @@ def _forward(
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_LSE: tl.constexpr,
     EVEN: tl.constexpr, WHOLE: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, MASKED_STAGES: tl.constexpr,
-    IEEE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, POOLED_WHOLE: tl.constexpr,
+    MASKED_STAGES: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     pid_m = tl.program_id(0)
     pid_bh = tl.program_id(1)
@@ -201,15 +201,20 @@ def _forward(
         pooled_v_ptr += b * (stride_pvb * 8) + h * (stride_pvh * 8)
         pooled_bias_ptr += b * stride_pbb + h * stride_pbh
         bits_ptr += b * stride_wb + h * stride_wh + row.to(tl.int64) * stride_wq
-        for j in tl.range(tl.cdiv(n_pooled, BLOCK_N), num_stages=2):
-            offs = j * BLOCK_N + tl.arange(0, BLOCK_N)
-            inside = offs < n_pooled
-            bias = load_bias(pooled_bias_ptr, offs, inside, True)
-            bias = tl.where(test_bits(bits_ptr, offs, inside), bias, float("-inf"))
+        # NOTE: at 128 keys a step two stages would make ptxas serialise the products of the loop
+        # before as well (triton 3.6.0: WARPGROUP instructions beside every HGMMA in its SASS).
+        for j in tl.range(tl.cdiv(n_pooled, BLOCK_N), num_stages=2 if BLOCK_N < 128 else 1):
+            bias = seen_bias(pooled_bias_ptr, bits_ptr, j * BLOCK_N, n_pooled, BLOCK_N)
+            if POOLED_WHOLE:
+                offs = j * BLOCK_N
+                inside = tl.arange(0, BLOCK_N)
+            else:
+                offs = j * BLOCK_N + tl.arange(0, BLOCK_N)
+                inside = offs < n_pooled
             acc1, acc2, m, norm = _step(
                 acc1, acc2, m, norm, q1, q2, pooled_k_ptr, pooled_v_ptr, stride_pkn * 8,
-                stride_pvn * 8, offs, inside, bias, inside, qk_scale, False, True, False, D, D1, D2,
-                IEEE,
+                stride_pvn * 8, offs, inside, bias, inside, qk_scale, POOLED_WHOLE, True, False,
+                D, D1, D2, IEEE,
             )  # fmt: skip
 
     inverse = (1.0 / tl.where(norm == 0.0, 1.0, norm))[:, None]
@@ -280,6 +285,11 @@ def forward(
         ),
         HAS_PARTIAL=partial is not None, HAS_LENGTHS=block_lengths is not None,
         HAS_BIAS=key_bias is not None, HAS_POOLED=pooled is not None,
+        POOLED_WHOLE=pooled is not None
+        and bool(
+            pooled.k.shape[2] % config.block_n == 0
+            and max(pooled.k.stride(2), pooled.v.stride(2)) < 1 << 24
+        ),
         MASKED_STAGES=min(3, config.num_stages), IEEE=q.dtype == torch.float32,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -177,6 +177,19 @@ def test_bits(ptr, places, inside):
     return ((words >> (places % 32)) & 1) != 0
 
 
+@triton.jit
+def seen_bias(bias_ptr, bits_ptr, first, n, BLOCK_N: tl.constexpr):
+    """Biases of tokens ``first`` + [BLOCK_N] in log2 units, -inf where unseen or past ``n``.
+
+    As a maximum over two copies: a reduction is done once and handed to the other threads, where
+    each would otherwise load a bias and a word for every column that it has.
+    """
+    offs = first + tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, 2)[None, :] * 0
+    inside = offs < n
+    bias = load_bias(bias_ptr, offs, inside, True)
+    return tl.max(tl.where(test_bits(bits_ptr, offs, inside), bias, float("-inf")), 1)
+
+
 def split_head_size(d: int) -> tuple[int, int]:
     """``d`` as two power-of-two tiles (second 0 where one fits): 64 -> (64, 0), 72 -> (64, 16)."""
     first = 1 << (d.bit_length() - 1)
