@@ -23,7 +23,7 @@ from ditopt.errors import WorkloadError
 from ditopt.metrics import Quality, compare, summarize
 from ditopt.progress import Progress, silent
 from ditopt.runtime import stats
-from ditopt.timing import PeakMemory, Spread, timed
+from ditopt.timing import PeakMemory, Spread, always_compiled, timed
 from ditopt.workload import Denoiser, Workload
 
 if TYPE_CHECKING:
@@ -42,10 +42,6 @@ MIN_ROUNDS = 3
 """Fewer samples have no spread; seeds take turns until there are as many."""
 
 DEFAULT_SEEDS = tuple(range(FIRST_SEED, FIRST_SEED + MIN_ROUNDS))
-
-_RECOMPILE_LIMIT = 64
-"""Dynamo counts the compilations of all variants together, and past its limit of 8 it silently runs
-eager; a bench must measure what it says."""
 
 
 class _Runs:
@@ -143,7 +139,7 @@ def bench(
         for name, variant in (variants or default_variants(plan)).items()
     }
     torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+    with always_compiled():
         for number, one in enumerate(runs.values()):
             progress("compiling", number, len(runs))
             one.compile(chosen[0])

@@ -6,6 +6,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ import torch
 from ditopt.progress import Progress, silent
 
 T = TypeVar("T")
+
+_RECOMPILE_LIMIT = 256
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ class Spread:
             return cls(samples_ms[0], 0.0, samples_ms[0])
         first, median, third = statistics.quantiles(samples_ms, n=4, method="inclusive")
         return cls(median, third - first, min(samples_ms))
+
+
+def always_compiled() -> AbstractContextManager[None]:
+    """While it is open Dynamo compiles every variant of a function.
+
+    It counts the compilations of one function for all shapes and callers together, and past its
+    limit of 8 it silently runs eager; a measurement must measure what it says.
+    """
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(
+        recompile_limit=_RECOMPILE_LIMIT
+    )
+    return patched
 
 
 def timed(run: Callable[[], T]) -> tuple[T, float]:

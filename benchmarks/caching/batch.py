@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ CLIP: Shape = (3, FRAMES, SIZE, SIZE)
 @torch.no_grad()
 def sample_together(
     model: torch.nn.Module, seeds: Sequence[int], denoiser: Callable[..., Any], shape: Shape = CLIP
-) -> Iterator[Tensor]:
+) -> list[Tensor]:
     """As the workload's own `sample` for each seed, up to rounding.
 
     Args:
@@ -57,4 +57,4 @@ def sample_together(
         ).float()
         prompt, null = velocity.chunk(2)
         state = state + (after - time) * (null + GUIDANCE * (prompt - null))
-    yield from state.transpose(1, 2).clamp(-1, 1)
+    return list(state.transpose(1, 2).clamp(-1, 1))

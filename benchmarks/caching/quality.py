@@ -181,7 +181,7 @@ def small(workload: Any) -> Any:
     """The trained model on 16 tokens."""
 
     def sample(model: Any, seed: int) -> torch.Tensor:
-        return next(sample_together(workload.model, [seed], model, SMALL))
+        return sample_together(workload.model, [seed], model, SMALL)[0]
 
     return replace(workload, sample=sample)
 

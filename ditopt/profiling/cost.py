@@ -23,7 +23,7 @@ from ditopt.profiling.cost_cache import attention_table
 from ditopt.profiling.loops import only_model
 from ditopt.profiling.schema import AttentionCost, Costs, Profile, SiteShape
 from ditopt.runtime import stats
-from ditopt.timing import time_interleaved, timed
+from ditopt.timing import always_compiled, time_interleaved, timed
 
 if TYPE_CHECKING:
     from ditopt.progress import Progress
@@ -175,7 +175,7 @@ def measure_attention(shape: SiteShape, block: Block, device: torch.device) -> A
         select_blocks, q, k, block_q=block.q, block_k=block.k, rule="top_k", amount=0.25
     )
     runs |= arithmetic_runs(q, k, v, block)
-    with torch.no_grad():
+    with torch.no_grad(), always_compiled():
         spreads = time_interleaved(runs, _ROUNDS)
     return AttentionCost(
         shape=shape,

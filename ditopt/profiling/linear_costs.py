@@ -12,7 +12,7 @@ from ditopt.profiling.linear_schema import LinearCost
 from ditopt.quantization import LinearRule
 from ditopt.quantization.layer import STORED_FORMATS, compute, derive
 from ditopt.quantization.limits import missing_hardware, refused_shape
-from ditopt.timing import time_interleaved
+from ditopt.timing import always_compiled, time_interleaved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,8 @@ def measure_linear_costs(
             if missing_hardware(name, device) or refused_shape(name, device, rows, k, n, dtype):
                 continue
             runs[name] = _run_of(name, x, weight, bias)
-        times = time_interleaved(runs, _ROUNDS)
+        with always_compiled():
+            times = time_interleaved(runs, _ROUNDS)
         found.append(
             LinearCost(
                 shape=(rows, k, n),

@@ -117,6 +117,16 @@ def test_times_are_measured() -> None:
     assert set(cost.format_ms) == {"int8_row"}
 
 
+@pytest.mark.slow
+def test_no_shape_is_timed_in_eager_mode() -> None:
+    """Dynamo counts all shapes together and gives up at its limit, which the patch makes loud."""
+    shapes = [(64, 32, 16 * n) for n in range(1, 11)]
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        found = measure_linear_costs(shapes, ["int8_row"], torch.device("cpu"), torch.float32)
+    assert [cost.shape for cost in found] == shapes
+
+
 def seed_record() -> SeedRecord:
     steps = torch.ones(CALLS, dtype=torch.float64)
     return SeedRecord(
