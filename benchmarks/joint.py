@@ -1,7 +1,8 @@
 """The joint plan against single techniques and published recipes, at one quality, on a CPU.
 
     python benchmarks/joint.py PROFILE --work DIR --stage search     # plans by ditopt
-    python benchmarks/joint.py PROFILE --work DIR --stage quality    # baselines, and all audits
+    python benchmarks/joint.py PROFILE --work DIR --stage quality    # baselines
+    python benchmarks/joint.py PROFILE --work DIR --stage audit      # all of them, the same seeds
     python benchmarks/joint.py PROFILE --work DIR --stage time       # alone on the machine
     ... --output benchmarks/results/joint_cpu.json                   # with any stage
     ... --stage search --only joint                                  # a share of a stage
@@ -10,11 +11,11 @@
 The embedded video model, or --workload. `search` plans with all techniques, and with each one
 alone. `quality` gives every recipe of step caching and of attention its best settings: of those
 that reach the goal on tune seeds, the one with fewest full calls (caches, with the setting that the
-profile predicts to be best for each number) or of lowest quality (attention). All are then judged
-on the same audit seeds. Both stages sample without compilation and keep each sample in DIR, so they
-go on after an interruption. `time` compiles all plans and runs them in turns. Several processes may
-share a stage, each with the names after --only and a folder of its own; `merge` brings their
-records and plans together in that of --work.
+profile predicts to be best for each number) or of lowest quality (attention). `audit` judges all on
+the same seeds. These stages sample without compilation and keep each sample in DIR, so they go on
+after an interruption. `time` compiles all plans and runs them in turns. Several processes may share
+a stage, each with the names after --only and a folder of its own; `merge` brings their records and
+plans together in that of --work.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ SEARCHED: dict[str, tuple[Technique, ...]] = {
     "attention only": ("attention",),
     "joint": TECHNIQUES,  # last: its record stays in the profile folder
 }
+
+
+STAGES = ("search", "quality", "audit", "time", "merge")
 
 
 class Samples:
@@ -125,10 +129,9 @@ def quality_stage(
     samples: Samples,
     goal_db: float,
     tune: Sequence[int],
-    audit: Sequence[int],
     wanted: Sequence[str],
 ) -> dict[str, Any]:
-    """Every recipe with its best settings, and the audit of all plans on the same seeds."""
+    """Every recipe with its best settings, by tune seeds."""
     profile, records = load_complete(folder)
     found: dict[str, Any] = {}
     for name, tried in _baselines(folder, profile, records, samples.workload, wanted):
@@ -140,18 +143,22 @@ def quality_stage(
         settings, plan = chosen
         plan.save(_plan_path(samples.work, name))
         found[name] = {**_facts(plan), "settings": settings, "tried": len(tried)}
-    for name in [*SEARCHED, *found]:
-        path = _plan_path(samples.work, name)
-        if path.exists():
-            print(f"audit of {name}", flush=True)
-            plan = Plan.load(path)
-            decibels = [samples.psnr_db(plan, seed) for seed in audit]
-            found.setdefault(name, {})["audit"] = {
-                "seeds": list(audit),
-                "mean_db": round(statistics.fmean(decibels), 2),
-                "min_db": min(decibels),
-                "p10_db": round(float(np.percentile(decibels, 10)), 2),
-            }
+    return found
+
+
+def audit_stage(samples: Samples, seeds: Sequence[int]) -> dict[str, Any]:
+    """PSNR of every plan in the folder on the same seeds."""
+    found: dict[str, Any] = {}
+    for name, path in _plans(samples.work).items():
+        print(f"audit of {name}", flush=True)
+        plan = Plan.load(path)
+        decibels = [samples.psnr_db(plan, seed) for seed in seeds]
+        found[name] = {
+            "seeds": list(seeds),
+            "mean_db": round(statistics.fmean(decibels), 2),
+            "min_db": min(decibels),
+            "p10_db": round(float(np.percentile(decibels, 10)), 2),
+        }
     return found
 
 
@@ -218,7 +225,7 @@ def time_stage(
     workload: Workload, work: Path, rounds: int, names: Sequence[str] | None
 ) -> dict[str, Any]:
     """Plans side by side, compiled, the joint one always among them; medians of one loop."""
-    plans = {path.stem.removeprefix("plan "): path for path in sorted(work.glob("plan *.yaml"))}
+    plans = _plans(work)
     if names is not None:
         plans = {name: path for name, path in plans.items() if name in {*names, "joint"}}
     variants: dict[str, Any] = {"eager": lambda module: module, "torch.compile": torch.compile}
@@ -258,7 +265,7 @@ def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What each stage found, of all processes; times stay apart, each share has its own `joint`."""
     found: dict[str, Any] = {}
     for record_of_part in records:
-        for stage in ("search", "quality"):
+        for stage in ("search", "quality", "audit"):
             if stage in record_of_part:
                 found[stage] = found.get(stage, {}) | record_of_part[stage]
         for share in record_of_part.get("time_shares", [record_of_part.get("time")]):
@@ -288,6 +295,10 @@ def _facts(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _plans(work: Path) -> dict[str, Path]:
+    return {path.stem.removeprefix("plan "): path for path in sorted(work.glob("plan *.yaml"))}
+
+
 def _plan_path(work: Path, name: str) -> Path:
     return work / f"plan {name.replace('/', ' ')}.yaml"
 
@@ -296,7 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile", type=Path, help="what `ditopt profile --linears` wrote")
     parser.add_argument("--work", type=Path, required=True, help="folder for plans and samples")
-    parser.add_argument("--stage", choices=("search", "quality", "time", "merge"), required=True)
+    parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--workload", help="another one than the embedded model's")
     parser.add_argument("--device", help="sample in float32 on this device (not with `time`)")
@@ -318,7 +329,9 @@ def main() -> None:
         found = search_stage(options.profile, samples, options.min_psnr, spec, names)
     elif options.stage == "quality":
         names = options.only or [*recipe_names(), *AttentionRecipe.names()]
-        found = quality_stage(options.profile, samples, options.min_psnr, tune, audit, names)
+        found = quality_stage(options.profile, samples, options.min_psnr, tune, names)
+    elif options.stage == "audit":
+        found = audit_stage(samples, audit)
     elif options.stage == "time":
         found = time_stage(workload, options.work, options.rounds, options.only)
     (model,) = workload.models.values()
