@@ -177,8 +177,8 @@ class Wirer:
         inputs = [self._source(slot, {}) for slot, _ in values]
         names = enumerate(self._indices[id(move)])
         inputs += [self._store(f"order.{self._graphs[id(move)]}.{k}", x) for k, x in names]
-        if not move.back:
-            self._moved = {slot: self._slot(("moved", slot)) for slot, _ in values}
+        # Behind the blocks what entered them is read as it was.
+        self._moved = {} if move.back else {s: self._slot(("moved", s)) for s, _ in values}
         outputs = (self._moved.get(slot, self._slot(slot)) for slot, _ in values)
         return Step(program=self._graphs[id(move)], inputs=tuple(inputs), outputs=tuple(outputs))
 

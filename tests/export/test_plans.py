@@ -196,7 +196,7 @@ def ordered_plan(model: nn.Module, given: Any, cached: bool) -> Plan:
     return Plan.model_validate({**plan.model_dump(), "order": order})
 
 
-@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("cached", [False, True])
 def test_tokens_are_put_in_order_by_programs(cached: bool) -> None:
     """What enters the blocks in order is a value, a stored table and an input of the caller."""
     torch.manual_seed(0)
