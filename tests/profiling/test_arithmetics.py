@@ -31,8 +31,8 @@ def operands(tokens: int = N) -> tuple[Tensor, Tensor, Tensor]:
     return 2 * q, k + 3, v * torch.tensor([0.1, 1.0, 10.0])[:, None, None]
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """From the kernel's reference in float64."""
+def by_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """[N, H, A] squared errors from the kernel's reference in float64."""
     blocks = -(-q.shape[2] // BLOCK)
     lists = from_blocks(torch.ones(1, 1, blocks, blocks, dtype=torch.bool))
     dense = (q.double() @ k.double().mT * scale).softmax(-1) @ v.double()
@@ -43,14 +43,15 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         - dense
         for kind in ARITHMETICS
     ]
-    return torch.stack([e.square().sum((0, 2, 3)) for e in errors], 1)
+    return torch.stack([e.square().sum((0, 3)).T for e in errors], 2)
 
 
 @pytest.mark.parametrize("scratch", [1 << 30, 1], ids=["at once", "row by row"])
 def test_errors_are_the_reference_s(scratch: int) -> None:
     q, k, v = operands()
     found = arithmetic_errors(q, k, v, block_k=BLOCK, scale=0.2, scratch_bytes=scratch)
-    torch.testing.assert_close(found, by_hand(q, k, v, 0.2), rtol=1e-3, atol=0)
+    # The profile computes in float32: what lies between two e4m3 numbers may round the other way.
+    torch.testing.assert_close(found, by_query(q, k, v, 0.2).sum(0), rtol=1e-4, atol=0)
     assert found.shape == (3, 2)
     assert (found[:, 1] > found[:, 0]).all()  # e4m3 on top
 
@@ -58,7 +59,9 @@ def test_errors_are_the_reference_s(scratch: int) -> None:
 def test_some_queries_stand_for_all() -> None:
     q, k, v = operands(400)
     some = arithmetic_errors(q, k, v, block_k=BLOCK, scale=0.2, queries=100)
-    torch.testing.assert_close(some, by_hand(q, k, v, 0.2), rtol=0.3, atol=0)
+    each = by_query(q, k, v, 0.2)
+    deviation = each.std(0) * 400 / 100**0.5  # of a sum that is estimated from 100 of 400
+    assert ((some - each.sum(0)).abs() <= 4 * deviation).all()
 
 
 def costs(source: str = "measured", **changes: Any) -> Costs:
