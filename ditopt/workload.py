@@ -24,6 +24,7 @@ from ditopt.calls import CallRecorder, CallTrace
 from ditopt.calls import record_calls as record_calls
 from ditopt.errors import DitoptError, WorkloadError, did_you_mean
 from ditopt.pipelines import find_denoisers, load_pipeline, pipeline_sampler
+from ditopt.runtime.session import implied_session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +105,7 @@ class Workload:
         return {name: part(name) for name in self.model}
 
     def run(self, seed: int, models: Mapping[str, Denoiser] | None = None) -> Tensor:
-        """Run the loop once, without gradients.
+        """Run the loop once, without gradients, as one sampling run (`ditopt.session`).
 
         Args:
             seed: seed of the noise and of everything else random in the loop.
@@ -124,7 +125,7 @@ class Workload:
                 )
         chosen: Mapping[str, Denoiser] = self.models if models is None else models
         given = chosen if isinstance(self.model, Mapping) else chosen["model"]
-        with torch.no_grad():
+        with torch.no_grad(), implied_session():
             result = self.sample(given, seed)
         if not isinstance(result, Tensor):
             raise WorkloadError(

@@ -18,11 +18,17 @@ class SessionError(DitoptError):
 
 @dataclass(frozen=True)
 class Session:
-    """The sampling run that the current thread or task works on; see `session`."""
+    """The sampling run that the current thread or task works on; see `session`.
+
+    Attributes:
+        key, branch, calls: as the user gave them.
+        implied: nobody gave them, see `implied_session`.
+    """
 
     key: Hashable
-    branch: Hashable | None
-    calls: int | None
+    branch: Hashable | None = None
+    calls: int | None = None
+    implied: bool = False
 
 
 class KeepsTrajectories(Protocol):
@@ -68,14 +74,33 @@ def session(
         SessionError: inside another session of the same thread or task.
     """
     outer = _current.get()
-    if outer is not None:
+    if outer is not None and not outer.implied:
         raise SessionError(
             f"session({key!r}) is entered inside session({outer.key!r})",
             remedy="Leave the outer session first: a call belongs to exactly one sampling run.",
         )
     name = object() if key is None else key
-    token = _current.set(Session(name, branch, calls))
-    over = key is None
+    with _entered(Session(name, branch, calls), over=key is None):
+        yield
+
+
+@contextmanager
+def implied_session() -> Iterator[None]:
+    """A session for one sampling loop that is known to be one, such as a workload's.
+
+    A session that is open already stays, and one that the loop opens itself takes its place.
+    """
+    if _current.get() is not None:
+        yield
+        return
+    with _entered(Session(object(), implied=True), over=True):
+        yield
+
+
+@contextmanager
+def _entered(session: Session, *, over: bool) -> Iterator[None]:
+    """`session` is the current one; `over`: its run ends with the block, not with an error only."""
+    token = _current.set(session)
     try:
         yield
     except BaseException:
@@ -85,4 +110,4 @@ def session(
         _current.reset(token)
         if over:
             for keeper in tuple(_keepers):
-                keeper.forget(name)
+                keeper.forget(session.key)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ditopt.errors import WorkloadError
+from ditopt.runtime.session import current_session
 from ditopt.workload import Workload, load_workload
 
 
@@ -25,6 +26,20 @@ def test_run_gives_the_loop_s_result_for_its_seed():
     workload = Workload(Denoiser().eval(), sample)
     assert torch.equal(workload.run(1), workload.run(1))
     assert not torch.equal(workload.run(1), workload.run(2))
+
+
+def test_a_run_is_one_sampling_run_and_names_it_anew_each_time():
+    seen = []
+
+    def observed(model, seed):
+        seen.append(current_session())
+        return sample(model, seed)
+
+    workload = Workload(Denoiser().eval(), observed)
+    workload.run(1)
+    workload.run(1)
+    assert None not in seen
+    assert seen[0].key != seen[1].key
 
 
 def test_run_hands_the_replacement_to_the_loop():

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from ditopt.runtime import SessionError, session
-from ditopt.runtime.session import current_session
+from ditopt.runtime.session import Session, current_session, implied_session
 
 
 def test_nested_sessions_are_refused_with_a_remedy() -> None:
@@ -19,6 +19,19 @@ def test_nested_sessions_are_refused_with_a_remedy() -> None:
     with session("again"):
         pass
     assert current_session() is None
+
+
+def test_an_implied_session_gives_way_to_a_user_s() -> None:
+    with implied_session():
+        first = current_session()
+        with implied_session(), session("inner"):
+            assert current_session() == Session("inner")
+        assert current_session() is first
+        with session("inner"), pytest.raises(SessionError, match="inside session"), session("more"):
+            pass
+    assert current_session() is None
+    with session("outer"), implied_session():
+        assert current_session() == Session("outer")
 
 
 def test_sessions_belong_to_a_thread() -> None:
