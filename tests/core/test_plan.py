@@ -110,6 +110,18 @@ def changed(path: str, value: Any) -> str:
     return yaml.safe_dump(root, sort_keys=False)
 
 
+def test_plans_are_compared_by_their_choices_and_not_as_texts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, same = plan(), plan()
+    other = Plan.from_text(changed("hardware/threads", 3))
+    monkeypatch.setattr(Plan, "to_text", lambda self: pytest.fail("slow: Dynamo asks often"))
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
+    assert one != "plan"
+
+
 def test_saving_and_loading_gives_the_same_plan_and_text(tmp_path: Path) -> None:
     plan().save(tmp_path / "plan.yaml")
     loaded = Plan.load(tmp_path / "plan.yaml")
