@@ -95,14 +95,14 @@ def forward(
     name, processors, _ = device(q.device.index)
     tiles = split_head_size(d)
     consumers = 1 if block_q == 64 else 2
-    config = hopper_config(name, consumers, block_k, sum(tiles))
+    config = hopper_config(name, consumers, block_k, d)
     tiles_per_head = math.ceil(n_q / (64 * consumers))
     programs = min(processors * config.programs_per_processor, tiles_per_head * batch * heads)
     limit = {"maxnreg": config.max_registers} if config.max_registers else {}
     constants = (
         *(consumers, block_q // (64 * consumers), block_k, *tiles),
-        *(config.stages, config.q_stages, config.pingpong),
-        *(config.q_registers, config.late_rescale, return_lse),
+        *(config.k_stages, config.v_stages, config.q_stages, config.ahead),
+        *(config.pingpong, config.q_registers, config.rescale, return_lse),
     )
     arguments = (
         *_boxes(q, 64, tiles), *_boxes(k, block_k, tiles),
