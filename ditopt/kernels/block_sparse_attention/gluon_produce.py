@@ -159,6 +159,7 @@ def _produce(
             vi += 1
         tile = following
         if AHEAD:
+            # Read even where the list is empty: `hopper` gives every list room for one entry.
             start = gl.load(ids + gl.maximum(count - 1, 0)) * BLOCK_N
             if count > 0:
                 _push(descs, smem, bars, ki, b, h, start, 2, K_STAGES, BLOCK_N, D1, D2)
