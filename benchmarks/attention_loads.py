@@ -1,6 +1,10 @@
 # Kernels are another language: their parameters have no Python types and constexprs are upper case.
-# ruff: noqa: N803, RUF059, B007
-"""The loads of the Gluon kernel without its arithmetic: what reading K and V alone takes."""
+# ruff: noqa: N803, N806, RUF059, B007
+"""The loads of the Gluon kernel without its arithmetic: what reading Q, K and V alone takes.
+
+The producer is the kernel's own: the same rings, the same order of fetches. One warpgroup gives
+every tile back as soon as it is there, in the order in which the kernel is done with them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ditopt.kernels.block_sparse_attention import hopper
-from ditopt.kernels.block_sparse_attention.gluon import _barriers, _locate, _produce, _ring
+from ditopt.kernels.block_sparse_attention.gluon_produce import (
+    _announced,
+    _locate,
+    _produce,
+    _rings,
+)
 from ditopt.kernels.block_sparse_attention.order import order_heads
 
 if TYPE_CHECKING:
@@ -22,29 +31,34 @@ if TYPE_CHECKING:
 @gluon.jit
 def _drain(
     tile_smem, bars, work, CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Gives every tile back as soon as it is there."""
-    note: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    it = 0
+    Q_RING: gl.constexpr = Q_STAGES if Q_STAGES > 0 else V_STAGES
+    _, q_empty, k_full, k_empty, v_full, v_empty, _ = bars
+    ki = 0
+    vi = 0
     nth = 0
-    mbarrier.wait(q_full.index(0), 0)
-    tile = gl.max(tile_smem.index(0).load(note), 0)
+    tile = _announced(tile_smem, bars, nth, Q_RING)
     while tile < work[11]:
         b, h, block, count, ids = _locate(work, tile, TILES_PER_ROW)
+        if Q_STAGES == 0:
+            gl.thread_barrier()  # all four warps have read the tile's number
+            mbarrier.arrive(q_empty.index(nth % Q_RING), count=CONSUMERS)
+            vi += 1
         for j in range(count):
-            slot = it % STAGES
-            mbarrier.wait(k_full.index(slot), (it // STAGES) & 1)
-            mbarrier.arrive(k_empty.index(slot), count=CONSUMERS)
-            mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
-            mbarrier.arrive(v_empty.index(slot), count=CONSUMERS)
-            it += 1
-        mbarrier.arrive(q_empty.index(nth % Q_STAGES), count=CONSUMERS)
-        nth += 1
-        q_slot = nth % Q_STAGES
-        mbarrier.wait(q_full.index(q_slot), (nth // Q_STAGES) & 1)
-        tile = gl.max(tile_smem.index(q_slot).load(note), 0)
+            mbarrier.wait(k_full.index(ki % K_STAGES), (ki // K_STAGES) & 1)
+            mbarrier.arrive(k_empty.index(ki % K_STAGES), count=CONSUMERS)
+            mbarrier.wait(v_full.index(vi % V_STAGES), (vi // V_STAGES) & 1)
+            mbarrier.arrive(v_empty.index(vi % V_STAGES), count=CONSUMERS)
+            ki += 1
+            vi += 1
+        if Q_STAGES == 0:
+            nth = vi
+        else:
+            mbarrier.arrive(q_empty.index(nth % Q_RING), count=CONSUMERS)
+            nth += 1
+        tile = _announced(tile_smem, bars, nth, Q_RING)
 
 
 @gluon.jit
@@ -53,18 +67,10 @@ def _loads(
     stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
     heads, tiles_per_head, tiles, width, programs,
     CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    q = _ring(q_desc, CONSUMERS * Q_STAGES, 64, D)
-    k = _ring(k_desc, STAGES, BLOCK_N, D)
-    v = _ring(v_desc, STAGES, BLOCK_N, D)
-    note: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    tile_smem = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], note)
-    bars = (
-        _barriers(Q_STAGES, 1), _barriers(Q_STAGES, CONSUMERS),
-        _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS),
-        _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS), _barriers(2, 1),
-    )  # fmt: skip
+    descs = (q_desc, q_desc, k_desc, k_desc, v_desc, v_desc)
+    smem, tile_smem, bars = _rings(descs, CONSUMERS, BLOCK_N, D, 0, K_STAGES, V_STAGES, Q_STAGES)
     work = (
         counts_ptr, ids_ptr, scratch_ptr + 1, scratch_ptr,
         stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
@@ -73,10 +79,12 @@ def _loads(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_drain, (tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, STAGES, Q_STAGES)),
+            (_drain, (
+                tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, K_STAGES, V_STAGES, Q_STAGES,
+            )),
             (_produce, (
-                (q_desc, q_desc, k_desc, k_desc, v_desc, v_desc), (q, q, k, k, v, v), tile_smem,
-                bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D, 0, STAGES, Q_STAGES,
+                descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D, 0,
+                K_STAGES, V_STAGES, Q_STAGES, AHEAD,
             )),
         ],
         [1],
@@ -103,5 +111,6 @@ def loads(
         counts, ids, order_heads(counts), *counts.stride()[:2], *ids.stride()[:3],
         heads, tiles_per_head, tiles, ids.shape[-1], programs,
         CONSUMERS=consumers, TILES_PER_ROW=block_q // (64 * consumers), BLOCK_N=block_k, D=d,
-        STAGES=config.stages, Q_STAGES=config.q_stages, num_warps=4, **limit,
+        K_STAGES=config.k_stages, V_STAGES=config.v_stages, Q_STAGES=config.q_stages,
+        AHEAD=config.ahead, num_warps=4, **limit,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -14,16 +14,18 @@ FILE = Path(__file__).with_name("configs.yaml")
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """One entry under ``hopper``: applies up to ``channels`` channels."""
+    """One entry under ``hopper``, whose comment says what is what: up to ``channels`` channels."""
 
     consumers: int
     block_k: int
     channels: int
-    stages: int
+    k_stages: int
+    v_stages: int
     q_stages: int
-    pingpong: bool
+    ahead: bool = False
+    pingpong: bool = False
     q_registers: bool = False
-    late_rescale: bool = False
+    rescale: Literal["soon", "late", "lazy"] = "soon"
     programs_per_processor: int = 1
     max_registers: int | None = None
 
@@ -59,7 +61,7 @@ def costs_of(device: str) -> tuple[dict[str, Any], ...]:
 
 @lru_cache
 def hopper_config(gpu: str, consumers: int, block_k: int, channels: int) -> HopperConfig:
-    """Ring depths and occupancy of one launch of the Gluon kernel."""
+    """Rings, order of loads, occupancy of one launch of the Gluon kernel at ``channels``."""
     wanted = [
         e for e in _entries(gpu, "hopper") if (e["consumers"], e["block_k"]) == (consumers, block_k)
     ]

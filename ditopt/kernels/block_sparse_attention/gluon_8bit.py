@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon import _barriers, _locate, _ring
+from .gluon_produce import _barriers, _locate, _ring
 
 
 @gluon.jit

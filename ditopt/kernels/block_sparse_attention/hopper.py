@@ -90,26 +90,28 @@ def forward(
     out = empty_output(q, v)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32) if return_lse else None
     counts = _dense_rows(kv_num_blocks).expand(batch, heads, -1)
-    ids = _dense_rows(kv_indices).expand(batch, heads, -1, -1)
+    width = kv_indices.shape[-1]
+    room = kv_indices if width else kv_indices.new_zeros(*kv_indices.shape[:3], 1)
+    ids = _dense_rows(room).expand(batch, heads, -1, -1)
     scratch = order_heads(counts)
     name, processors, _ = device(q.device.index)
     tiles = split_head_size(d)
     consumers = 1 if block_q == 64 else 2
-    config = hopper_config(name, consumers, block_k, sum(tiles))
+    config = hopper_config(name, consumers, block_k, d)
     tiles_per_head = math.ceil(n_q / (64 * consumers))
     programs = min(processors * config.programs_per_processor, tiles_per_head * batch * heads)
     limit = {"maxnreg": config.max_registers} if config.max_registers else {}
     constants = (
         *(consumers, block_q // (64 * consumers), block_k, *tiles),
-        *(config.stages, config.q_stages, config.pingpong),
-        *(config.q_registers, config.late_rescale, return_lse),
+        *(config.k_stages, config.v_stages, config.q_stages, config.ahead),
+        *(config.pingpong, config.q_registers, config.rescale, return_lse),
     )
     arguments = (
         *_boxes(q, 64, tiles), *_boxes(k, block_k, tiles),
         *_boxes(v, block_k, tiles), *_boxes(out, 64, tiles),
         counts, ids, scratch, scratch if lse is None else lse,
         *counts.stride()[:2], *ids.stride()[:3],
-        heads, tiles_per_head, tiles_per_head * batch * heads, ids.shape[-1], programs,
+        heads, tiles_per_head, tiles_per_head * batch * heads, width, programs,
         n_q, k.shape[2], scale * math.log2(math.e), *constants,
     )  # fmt: skip
     _launch((q.device.index, q.dtype, constants), programs, arguments, num_warps=4, **limit)
