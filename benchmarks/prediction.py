@@ -59,7 +59,7 @@ class Maker:
         calls = self.profile.sampler.calls
         self.schedules = []
         for count in range(4, calls):
-            for tried, schedule in enumerate(predictor.schedules(count)):
+            for tried, schedule in enumerate(predictor.stack.schedules(count)):
                 if tried == 12:
                     break
                 error = self._level_db(self._plan(schedule=schedule))

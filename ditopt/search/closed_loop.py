@@ -101,7 +101,9 @@ class ClosedLoop:
         self.tuner: ScheduleTuner | None = None
         if sample_schedule is not None:
             seeds = range(TUNE_SEED, TUNE_SEED + spec.tune_seeds)
-            self.tuner = ScheduleTuner(predictor, sample_schedule, seeds, spec.schedule_samples)
+            self.tuner = ScheduleTuner(
+                predictor.stack, sample_schedule, seeds, spec.schedule_samples
+            )
         self._trials: list[Trial] = []
         self._sampled: list[_Sampled] = []
         self._results: dict[int, dict[int, Tensor]] = {}

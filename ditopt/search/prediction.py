@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from ditopt.caching import CacheSchedule, draw_calls, fitted, neighbours, search_schedules
+from ditopt.caching import CacheSchedule
 from ditopt.errors import ProfileError
 from ditopt.search.assignment import Assignment, Limits, Objective, evaluate, solve
 from ditopt.search.attention import AttentionChoices
 from ditopt.search.calibration import Energies
 from ditopt.search.lagrangian import relaxed
-from ditopt.search.sensitivity import TECHNIQUES, Alternative, Site, Technique, untouched
-from ditopt.search.trajectory import COHERENCE, cache_energy, call_moves, call_worth
+from ditopt.search.sensitivity import TECHNIQUES, Site, Technique
+from ditopt.search.stack import StackChoices
 
 if TYPE_CHECKING:
     from ditopt.plan import Plan
@@ -96,38 +95,8 @@ class Predictor:
         self._sites: dict[tuple[int, int, tuple[int, ...] | None], list[Site]] = {}
         parts_ms = self.attention.dense_ms + (linears.plain_ms if linears is not None else 0.0)
         self._share = min(1.0, self._costs.dense_call_ms / parts_ms) if parts_ms else 1.0
-        gram = torch.stack([record.gram for record in records]).sum(0)
-        worth = np.mean([call_worth(record) for record in records], axis=0)
-        self._gram, self._drawn = gram, draw_calls(gram, steps=worth.tolist())
-        self._schedules: list[CacheSchedule] = []
-        if "cache" in techniques and float(gram.diagonal().sum()) > 0:
-            # Without residuals (no block stack was found) there is nothing to forecast from.
-            self._schedules = search_schedules(gram, weights=worth.tolist())
-        self._stack = self._cache_site()
+        self.stack = StackChoices(profile, records, cached="cache" in techniques)
         self._relaxed: dict[object, tuple[Floats, Floats]] = {}
-        self._growths: dict[tuple[Technique, tuple[int, ...], int], float] = {}
-
-    def schedules(self, full_calls: int) -> Iterator[CacheSchedule]:
-        """Schedules with so many full calls: what rules choose, then neighbours of theirs."""
-        first = [s for s in self._schedules if len(s.full) == full_calls]
-        known = {schedule.full for schedule in first}
-        drawn = [
-            *first,
-            *(fitted(self._gram, f) for f in self._drawn[full_calls] if f not in known),
-        ]
-        yield from drawn
-        known |= {schedule.full for schedule in drawn}
-        for schedule in drawn:
-            for full in neighbours(self._gram, schedule):
-                if full not in known:
-                    known.add(full)
-                    yield fitted(self._gram, full)
-
-    def adopt(self, schedule: CacheSchedule) -> None:
-        """From now on this is the schedule with so many full calls."""
-        count = len(schedule.full)
-        self._schedules = [schedule if len(s.full) == count else s for s in self._schedules]
-        self._stack = self._cache_site()
 
     @property
     def starts(self) -> list[int]:
@@ -198,7 +167,7 @@ class Predictor:
         schedule, cache = None, 0.0
         if plan.cache is not None:
             schedule = CacheSchedule(self._calls, plan.cache.full, plan.cache.coefficients)
-            cache = self._cache_energy(schedule)
+            cache = self.stack.energy(schedule)
         linears = self.linears.energy(plan, schedule) if self.linears is not None else 0.0
         return Energies(self.attention.energy(plan, schedule), linears, cache)
 
@@ -219,39 +188,9 @@ class Predictor:
             self._sites[key] = [site.in_time(self._share) for site in made]
         return self._sites[key]
 
-    def _cache_site(self) -> Site:
-        """The block stack: one alternative for each schedule, the time of all its calls."""
-        full_ms, skip_ms = self._costs.dense_call_ms, self._costs.skip_call_ms
-        alternatives = [untouched(1, self._calls * full_ms)]
-        for schedule in self._schedules:
-            if schedule.rows:
-                full, rows = len(schedule.full), schedule.rows.values()
-                alternatives.append(
-                    Alternative(
-                        name=f"{full} full calls",
-                        fixed_ms=full * full_ms + (self._calls - full) * skip_ms,
-                        bytes=max(map(len, rows)) * self.profile.residual_bytes,
-                        option_ms=np.zeros(1),
-                        error=np.array([[self._cache_energy(schedule)]]),
-                        options=(full,),
-                    )
-                )
-        return Site("block stack", "cache", 0, tuple(alternatives))
-
-    def _cache_energy(self, schedule: CacheSchedule) -> float:
-        return float(np.mean([cache_energy(record, schedule) for record in self._records]))
-
-    def _schedule(self, number: int) -> CacheSchedule:
-        """Of an alternative of the stack; number 0 skips nothing."""
-        if number == 0:
-            return CacheSchedule(self._calls, tuple(range(self._calls)), {}, 0.0)
-        return next(
-            s for s in self._schedules if len(s.full) == self._stack.alternatives[number].options[0]
-        )
-
     def _full(self, frame: _Frame) -> dict[Technique, int]:
         """For each technique, full calls in which its choice runs."""
-        full = self._schedule(frame.schedule).full
+        full = self.stack.schedule(frame.schedule).full
         return {"attention": sum(call >= frame.start for call in full), "linears": len(full)}
 
     def _scan(
@@ -266,7 +205,7 @@ class Predictor:
         orders = self.attention.orders if "attention" in self._techniques else [0]
         prices = np.append(np.inf, np.geomspace(1e12, 1e-6, _PRICES))
         ranked = []
-        for number, stack in enumerate(self._stack.alternatives):
+        for number, stack in enumerate(self.stack.site.alternatives):
             for start in self.starts:
                 for order in orders:
                     frame = _Frame(number, start, order)
@@ -285,14 +224,14 @@ class Predictor:
 
     def _bound(self, frame: _Frame, model: ErrorModel, prices: Floats) -> tuple[Floats, Floats]:
         """Milliseconds added to a loop and gained energy [L] when all sites choose at one price."""
-        sites, schedule = self.sites(frame.start, frame.order), self._schedule(frame.schedule)
+        sites, schedule = self.sites(frame.start, frame.order), self.stack.schedule(frame.schedule)
         ms, energy = np.zeros(len(prices)), np.zeros(len(prices))
         for technique, calls in self._full(frame).items():
             mine = [site for site in sites if site.technique == technique]
             if not mine or not calls:
                 continue
             first = frame.start if technique == "attention" else 0
-            gain = getattr(model.gains, technique) * self._growth(technique, schedule, first)
+            gain = getattr(model.gains, technique) * self.stack.growth(technique, schedule, first)
             key = (technique, frame.start, frame.order) if technique == "attention" else technique
             if key not in self._relaxed:
                 self._relaxed[key] = relaxed(mine, prices[1:])
@@ -304,30 +243,11 @@ class Predictor:
             energy += np.where(np.isinf(prices), 0.0, gain * relaxed_energy)
         return ms, energy
 
-    def _growth(self, technique: Technique, schedule: CacheSchedule, first: int) -> float:
-        """How much more errors from a call on are worth with a schedule than without one."""
-        key = (technique, schedule.full, first)
-        if key not in self._growths:
-            self._growths[key] = self._worth(technique, first, schedule) / self._worth(
-                technique, first
-            )
-        return self._growths[key]
-
-    def _worth(
-        self, technique: Technique, first: int, schedule: CacheSchedule | None = None
-    ) -> float:
-        """Energy of the same relative error at every call."""
-        moves = [call_moves(record, first, schedule) for record in self._records]
-        alone = sum(float(move @ move) for move in moves)
-        if technique != "attention":
-            return alone
-        return COHERENCE * sum(float(move.sum()) ** 2 for move in moves) + (1 - COHERENCE) * alone
-
     def _solved(
         self, frame: _Frame, model: ErrorModel, limits: Limits, *, close_gap: bool = True
     ) -> Candidate | None:
         """The best assignment of sites within one frame; `limits` are those of a whole loop."""
-        stack = self._stack.alternatives[frame.schedule]
+        stack = self.stack.site.alternatives[frame.schedule]
         full = self._full(frame)
         scaled = [
             site.scaled(full[site.technique], getattr(model.gains, site.technique))
@@ -348,16 +268,16 @@ class Predictor:
         return None if found is None else self._candidate(frame, found, as_is)
 
     def _frame_sites(self, frame: _Frame) -> list[Site]:
-        return self.sites(frame.start, frame.order, self._schedule(frame.schedule))
+        return self.sites(frame.start, frame.order, self.stack.schedule(frame.schedule))
 
     def _candidate(self, frame: _Frame, found: Assignment, as_is: Assignment) -> Candidate:
-        stack = self._stack.alternatives[frame.schedule]
+        stack = self.stack.site.alternatives[frame.schedule]
         raw = dict.fromkeys(("attention", "linears"), 0.0)
         for site in self._frame_sites(frame):
             raw[site.technique] += site.cost(found.choices.get(site.id, site.as_is))[1]
         ms = stack.fixed_ms + found.ms - as_is.ms
         return Candidate(
-            schedule=self._schedule(frame.schedule),
+            schedule=self.stack.schedule(frame.schedule),
             start=frame.start,
             order=frame.order,
             assignment=found,

@@ -20,7 +20,7 @@ SampleSchedule = Callable[["CacheSchedule", int], float]
 
 
 class Schedules(Protocol):
-    """What the tuner needs of the predictor."""
+    """What the tuner needs of the choices at the block stack."""
 
     def schedules(self, full_calls: int) -> Iterator[CacheSchedule]:
         """Schedules with so many full calls, most promising first."""
@@ -33,7 +33,7 @@ class ScheduleTuner:
     """Spends a fixed number of samples on the number of full calls that the search asks for.
 
     Args:
-        predictor: proposes schedules and adopts one.
+        stack: proposes schedules and adopts one.
         sample: measures one.
         seeds: tune seeds, at least two.
         samples: how many samples, one seed each, there are in all. The first number of full calls
@@ -41,9 +41,9 @@ class ScheduleTuner:
     """
 
     def __init__(
-        self, predictor: Schedules, sample: SampleSchedule, seeds: Sequence[int], samples: int
+        self, stack: Schedules, sample: SampleSchedule, seeds: Sequence[int], samples: int
     ) -> None:
-        self._predictor, self._sample = predictor, sample
+        self._stack, self._sample = stack, sample
         self._seeds, self._left = tuple(seeds), samples
         self._tuned: set[int] = set()
         self.notes: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class ScheduleTuner:
         self._tuned.add(count)
         best, values = proposed, self._measure(proposed)
         tried = 1
-        for other in self._predictor.schedules(count):
+        for other in self._stack.schedules(count):
             if tried >= affordable:
                 break
             if other.full == proposed.full:
@@ -66,7 +66,7 @@ class ScheduleTuner:
             found = self._measure(other)
             if surely_better(found, values):
                 best, values = other, found
-        self._predictor.adopt(best)
+        self._stack.adopt(best)
         self.notes = (
             *self.notes,
             f"the {count} full calls were chosen among {tried} schedules by sampling "
