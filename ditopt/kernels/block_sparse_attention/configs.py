@@ -32,12 +32,16 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class PlainConfig:
-    """One entry under ``plain``: query rows, keys per step, warps, software-pipelining depth."""
+    """One entry under ``plain``: query rows, keys per step, warps, software-pipelining depth.
+
+    ``lazy`` as in `triton_softmax`.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    lazy: bool = False
 
 
 @lru_cache

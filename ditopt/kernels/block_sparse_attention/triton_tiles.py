@@ -48,29 +48,34 @@ def load_tile(
 
 @triton.jit
 def columns_from(
-    ptr, first, rows, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
+    ptr, first, rows, inside, stride,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """Like `load_columns`, of rows ``first`` + ``rows`` that all exist.
+    """Like `load_columns`, of rows ``first`` + ``rows``; without GUARD all of them exist.
 
     What depends on ``rows`` stays the same from tile to tile: compilers move it out of a loop.
     """
     cols = FIRST + tl.arange(0, WIDTH)
     ptr += tl.cast(first, tl.int64) * stride
     offs = rows[:, None] * stride + cols[None, :]
-    if FIRST + WIDTH > D:
-        return tl.load(ptr + offs, mask=(rows >= 0)[:, None] & (cols < D)[None, :], other=0.0)
+    if GUARD or FIRST + WIDTH > D:
+        mask = (inside if GUARD else rows >= 0)[:, None]
+        if FIRST + WIDTH > D:
+            mask = mask & (cols < D)[None, :]
+        return tl.load(ptr + offs, mask=mask, other=0.0)
     return tl.load(ptr + offs)
 
 
 @triton.jit
 def tile_from(
-    ptr, first, rows, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+    ptr, first, rows, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    inside=None, GUARD: tl.constexpr = False,
 ):  # fmt: skip
-    """Like `load_tile`, of rows ``first`` + ``rows`` that all exist; stride below 2^24."""
-    x1 = columns_from(ptr, first, rows, stride, 0, D1, D)
+    """Like `load_tile`, of rows ``first`` + ``rows``, the latter times stride below 2^31."""
+    x1 = columns_from(ptr, first, rows, inside, stride, 0, D1, D, GUARD)
     x2 = x1
     if D2 > 0:
-        x2 = columns_from(ptr, first, rows, stride, D1, D2, D)
+        x2 = columns_from(ptr, first, rows, inside, stride, D1, D2, D, GUARD)
     return x1, x2
 
 
@@ -128,14 +133,28 @@ def entry_tokens(ids_ptr, j, count, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def existing(block, place, lengths_ptr, n_k, BLOCK_K: tl.constexpr, HAS_LENGTHS: tl.constexpr):
-    """(token positions, which of them exist)."""
-    offs = block * BLOCK_K + place
-    inside = (offs >= 0) & (offs < n_k)
+    """(token positions, which of them exist).
+
+    Compared with one number a block, masks take no registers from one stage of a loop to another.
+    """
+    known = (block >= 0) & (block < tl.cdiv(n_k, BLOCK_K))
+    first = block * BLOCK_K
+    end = tl.where(known, n_k - first, 0)
     if HAS_LENGTHS:
-        known = (block >= 0) & (block < tl.cdiv(n_k, BLOCK_K))
-        length = tl.load(lengths_ptr + block, mask=known, other=0)
-        inside = inside & (place < length)
-    return offs, inside
+        end = tl.minimum(end, tl.load(lengths_ptr + block, mask=known, other=0))
+    return first + place, place < end
+
+
+@triton.jit
+def split_tokens(
+    block, offs, j, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """``offs`` of tile ``j`` as (a number, rows that are the same for all tiles) under WHOLE."""
+    first = 0
+    if WHOLE:
+        first = block * BLOCK_K + (j % (BLOCK_K // BLOCK_N)) * BLOCK_N
+        offs = tl.arange(0, BLOCK_N)
+    return first, offs
 
 
 @triton.jit
