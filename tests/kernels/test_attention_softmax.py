@@ -74,6 +74,27 @@ def test_default_lazy_entries_follow_maxima(
     assert true_lse.holds(lse)
 
 
+@needs_cuda
+@pytest.mark.parametrize("d", [72, 80, 96])
+@pytest.mark.parametrize("n", [1024, 777])
+def test_two_programs_of_lazy_entries_fit(n: int, d: int, build_case: Build) -> None:
+    """Above 128 registers a thread half as many fit a multiprocessor, and nothing else says so."""
+    from ditopt.kernels.block_sparse_attention import triton
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the configurations of other devices are not tuned")
+    compiled: list[Any] = []
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda **kwargs: compiled.append(triton._forward[grid](**kwargs))
+
+    case = build_case((1, 2, n, n, d, 128, 128), "", torch.bfloat16).to("cuda")
+    triton.forward(*case.args, launcher=Launcher())
+    assert compiled[0].n_regs <= 128
+    assert compiled[0].n_spills == 0
+
+
 def test_float32_and_options_are_not_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     from ditopt.kernels.block_sparse_attention import triton
 

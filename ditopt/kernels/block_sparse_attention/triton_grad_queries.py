@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 # ruff: noqa: N803, N806
-"""Gradients of queries in plain Triton: walks the lists of query blocks as `triton._forward` does.
+"""Gradients of queries in plain Triton: walks the lists of query blocks as `triton_forward` does.
 
 It also writes delta = sum(do out) - dlse, which `triton_grad_keys` reads; `triton_backward`
 launches both. Cost: 6 D FLOPs per kept (query, key) pair.
@@ -63,7 +63,7 @@ def grad_queries(
     HAS_PARTIAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POOLED: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient and delta of one tile of queries; arguments as `triton._forward`."""
+    """Gradient and delta of one tile of queries; arguments as `triton_forward`."""
     LOG2E: tl.constexpr = 1.4426950408889634
     pid_m = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)

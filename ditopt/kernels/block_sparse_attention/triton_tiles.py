@@ -256,7 +256,7 @@ def list_arguments(
     key_bias: Tensor | None,
     pooled: Pooled | None,
 ) -> dict[str, Tensor | int | None]:
-    """What `triton._forward` and the dq kernel are told about lists and options, by name."""
+    """What `triton_forward` and the dq kernel are told about lists and options, by name."""
     counts, ids = per_head(kv_num_blocks, batch, heads), per_head(kv_indices, batch, heads)
     assert counts is not None
     assert ids is not None
