@@ -8,7 +8,7 @@ Lazy rescaling: weights are relative to a reference point that need not be the m
 normalisation cancels it. It moves only when the maximum has grown by more than a factor of 2^8, so
 that weights stay below 256 and almost every step would multiply the sums by 1; a warp for which
 that is so jumps over it (LAZY = 2, in PTX; LAZY = 1 multiplies, LAZY = 0 always moves).
-Source: FlashAttention-4 (Zadouri et al., 2026), conditional rescaling.
+Source: FlashAttention-4 (arXiv 2603.05451), conditional rescaling.
 """
 
 from __future__ import annotations
