@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from ditopt.kernels.block_sparse_attention.triton import default_config
+from ditopt.kernels.block_sparse_attention.triton_softmax import scaled
 from ditopt.kernels.block_sparse_attention.triton_tiles import (
     accumulate,
     eighths,
@@ -38,15 +39,19 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _softmax_step(acc1, acc2, m, norm, s, qk_scale, D2: tl.constexpr):
+def _softmax_step(
+    acc1, acc2, m, norm, s, qk_scale, D1: tl.constexpr, D2: tl.constexpr, LAZY: tl.constexpr
+):  # fmt: skip
     """One step on scores ``s``; the converted probabilities come back as the next scores."""
     m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+    if LAZY > 0:
+        m_new = tl.where(m_new > m + 8.0, m_new, m)
     p = tl.math.exp2(s * qk_scale - m_new[:, None])
     alpha = tl.math.exp2(m - m_new)
     norm = norm * alpha + tl.sum(p, 1)
-    acc1 = acc1 * alpha[:, None]
+    acc1 = scaled(acc1, alpha, D1, LAZY)
     if D2 > 0:
-        acc2 = acc2 * alpha[:, None]
+        acc2 = scaled(acc2, alpha, D2, LAZY)
     # A pair in bfloat16 is, read as float32, its second number: nothing is left out and added.
     s = tl.inline_asm_elementwise(
         "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; mov.b32 $0, t; mov.b32 $1, $3; }",
@@ -62,7 +67,8 @@ def _part(
     stride_vb, stride_vh, stride_vn, stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
     heads, n_q, n_k, width, qk_scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SOFTMAX: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, LAZY: tl.constexpr, SOFTMAX: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Strides of q, k and v in units of 8 elements, as in `triton._forward`; q as out."""
     pid_m = tl.program_id(0)
@@ -74,6 +80,7 @@ def _part(
     q_ptr += b * (stride_qb * 8) + h * (stride_qh * 8)
     out_ptr += b * (stride_qb * 8) + h * (stride_qh * 8)
     k_ptr += b * (stride_kb * 8) + h * (stride_kh * 8)
+    stride_vn = stride_kn if ONE_STRIDE else stride_vn
     v_ptr += b * (stride_vb * 8) + h * (stride_vh * 8)
     ids_ptr += b * stride_ib + h * stride_ih + row.to(tl.int64) * stride_iq
     count = tl.load(counts_ptr + b * stride_cb + h * stride_ch + row)
@@ -93,7 +100,9 @@ def _part(
         s = inner(q1, q2, k1, k2, D2, False)
         acc1, acc2 = accumulate(acc1, acc2, s.to(k1.dtype), k1, k2, D2, False)
         for j in range(total):
-            acc1, acc2, m, norm, s = _softmax_step(acc1, acc2, m, norm, s, qk_scale, D2)
+            acc1, acc2, m, norm, s = _softmax_step(
+                acc1, acc2, m, norm, s, qk_scale, D1, D2, LAZY
+            )  # fmt: skip
         acc1 += (norm + tl.sum(s, 1))[:, None]
     else:
         rows = tl.arange(0, BLOCK_N)
@@ -127,7 +136,8 @@ def run(
         **eighths("q", q), **eighths("k", k), **eighths("v", v),
         heads=heads, n_q=n, n_k=k.shape[2], qk_scale=d**-0.5 * math.log2(math.e),
         BLOCK_Q=block, BLOCK_K=block, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        D=d, D1=first, D2=second, SOFTMAX=softmax,
+        D=d, D1=first, D2=second, LAZY=2 * config.lazy, SOFTMAX=softmax,
+        ONE_STRIDE=k.stride(2) == v.stride(2),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

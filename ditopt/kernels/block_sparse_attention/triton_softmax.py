@@ -49,7 +49,7 @@ _REGISTERS_32 = tl.constexpr(_scale_constraints(32))
 
 
 @triton.jit
-def _scaled(acc, alpha, WIDTH: tl.constexpr, LAZY: tl.constexpr):
+def scaled(acc, alpha, WIDTH: tl.constexpr, LAZY: tl.constexpr):
     """``acc`` [M, WIDTH] * ``alpha`` [M]; under LAZY = 2 warps with nothing to do jump over it.
 
     A warp has a multiple of 16 whole rows, so that a thread has one of WIDTH / 2 numbers.
@@ -110,8 +110,8 @@ def softmax_step(
     norm = norm * alpha + tl.sum(p, 1)
     if not NEAR:
         v1, v2 = load_tile(v_ptr, first + rows, inside, stride_vn, D, D1, D2)
-    acc1 = _scaled(acc1, alpha, D1, LAZY)
+    acc1 = scaled(acc1, alpha, D1, LAZY)
     if D2 > 0:
-        acc2 = _scaled(acc2, alpha, D2, LAZY)
+        acc2 = scaled(acc2, alpha, D2, LAZY)
     acc1, acc2 = accumulate(acc1, acc2, p.to(v1.dtype), v1, v2, D2, IEEE)
     return acc1, acc2, m_new, norm
