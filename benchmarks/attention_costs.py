@@ -1,6 +1,7 @@
 """Measure and fit what one call of each attention executor costs: `costs` in configs.yaml.
 
     python benchmarks/attention_costs.py --write
+    ... --only gluon triton          # the others keep the costs that they have
 
 Device time comes from replays of a CUDA graph (small kernels would otherwise show the host), host
 time from calls that nothing waits for. Long sequences come from the recorded results of
@@ -17,7 +18,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def executors(args: tuple[Any, ...], tokens: int) -> dict[str, Callable[[], Tens
     return found
 
 
-def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure(only: Collection[str]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of (executor, block, channels, query blocks, kept blocks, ms) and host times."""
     rows: list[dict[str, Any]] = []
     hosts: dict[str, float] = {}
@@ -113,9 +114,10 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
         dense = partial(scaled_dot_product_attention, q, k, v)
         size = {"channels": d, "tokens": n, "block": (128, 128)}
         work = {"rows": batch * heads * (n // 128), "entries": blocks_in_all}
-        rows.append({"executor": "sdpa", **size, **work, "ms": replay_ms(dense)})
-        hosts.setdefault("sdpa", host_us(dense))
-        if fa4.reason_to_decline(q, 128, 128) is None:
+        if "sdpa" in only:
+            rows.append({"executor": "sdpa", **size, **work, "ms": replay_ms(dense)})
+            hosts.setdefault("sdpa", host_us(dense))
+        if "fa4_dense" in only and fa4.reason_to_decline(q, 128, 128) is None:
             dense = partial(fa4.dense, q, k, v, d**-0.5)
             rows.append({"executor": "fa4_dense", **size, **work, "ms": replay_ms(dense)})
             hosts.setdefault("fa4_dense", host_us(dense))
@@ -128,6 +130,8 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
                     *(x.double() for x in head[:3]), *head[3:], *args[5:]
                 )
                 for name, run in executors(args, n).items():
+                    if name not in only:
+                        continue
                     if not relative_error(run()[:1, -1:], truth) <= ERROR:
                         raise SystemExit(f"gate: {name} is wrong on {n} x {d}, {block}")
                     if n == 512 or name == "flex":
@@ -141,9 +145,9 @@ def measure() -> tuple[list[dict[str, Any]], dict[str, float]]:
     return rows, hosts
 
 
-def recorded(gpu: str) -> list[dict[str, Any]]:
+def recorded(gpu: str, only: Collection[str]) -> list[dict[str, Any]]:
     """Rows of the recorded results of `benchmarks/attention.py` on this GPU."""
-    executor_of = {label: name for name, label in EXECUTORS.items()}
+    executor_of = {label: name for name, label in EXECUTORS.items() if name in only}
     rows = []
     for path in (p for p in RESULTS.glob("attention_*.json") if p.stem.count("_") == 1):
         report = json.loads(path.read_text())
@@ -186,9 +190,11 @@ def table(rows: list[dict[str, Any]], hosts: dict[str, float], processors: int) 
 
 
 def written(text: str, gpu: str, lines: list[str]) -> str:
-    """The file with these costs in the GPU's section, in place of those that were there."""
+    """The file with these costs in the GPU's section, in place of those of the same executors."""
     kept: list[str] = []
+    others: list[str] = []
     here = skipping = False
+    new = {_executor(line) for line in lines}
     for line in text.splitlines():
         if line and not line.startswith((" ", "#")):
             here = line == f"{gpu}:"
@@ -196,20 +202,30 @@ def written(text: str, gpu: str, lines: list[str]) -> str:
             skipping = here and line == "  costs:"
         if not skipping:
             kept.append(line)
+        elif _executor(line) and _executor(line) not in new:
+            others.append(line)
     if f"{gpu}:" not in kept:
         kept.append(f"{gpu}:")
     at = kept.index(f"{gpu}:") + 1
-    return "\n".join([*kept[:at], *lines, *kept[at:]]) + "\n"
+    return "\n".join([*kept[:at], *lines, *others, *kept[at:]]) + "\n"
+
+
+def _executor(line: str) -> str:
+    """Whose costs a line has; empty for other lines."""
+    return line.partition("{executor: ")[2].partition(",")[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="into configs.yaml")
+    parser.add_argument("--only", nargs="+", choices=EXECUTORS, default=list(EXECUTORS))
     options = parser.parse_args()
     gpu = torch.cuda.get_device_name()
-    rows, hosts = measure()
+    rows, hosts = measure(options.only)
     lines = table(
-        [*rows, *recorded(gpu)], hosts, torch.cuda.get_device_properties(0).multi_processor_count
+        [*rows, *recorded(gpu, options.only)],
+        hosts,
+        torch.cuda.get_device_properties(0).multi_processor_count,
     )
     print(f"{gpu}:", *lines, *(f"# {row}" for row in rows), sep="\n")
     if options.write:
