@@ -129,8 +129,12 @@ def test_maxima_may_keep_growing(
 def test_a_first_tile_without_keys_leaves_the_others(
     blocks: tuple[int, int, int], sign: int, build_case: Build
 ) -> None:
-    """A last id that does not exist masks the tile from which m comes; later scores are far off."""
-    case = of(build_case, blocks, torch.bfloat16)
+    """A last id that does not exist masks the tile from which m comes; later scores are far off.
+
+    All keys fill their blocks: the kernel masks the last entry of a list alone.
+    """
+    block_q, block_k, d = blocks
+    case = build_case((2, 3, 333, 1536, d, block_q, block_k), dtype=torch.bfloat16)
     case.q[..., 0] = sign * 12.0 / case.scale
     case.k[..., 0] = 1.0
     case.ids = torch.nn.functional.pad(case.ids, (0, 1))

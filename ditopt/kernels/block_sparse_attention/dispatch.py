@@ -116,7 +116,7 @@ def choose(site: Site, device: str, declined: Mapping[str, str]) -> Choice:
     best = min(times, key=times.__getitem__)
     if every:
         whole = choose_dense(site, device, declined)
-        if whole is not None and whole[1] < times[best]:
+        if whole is not None and whole[1] * _PAYS < times[best]:
             words = _listing({whole[0]: whole[1], **times})
             return Choice(whole[0], f"{whole[0]}, every head is dense: {words}", dense)
     elif dense and "sdpa" not in declined:
@@ -155,7 +155,7 @@ def _apart(site: Site, dense: Sequence[int], executor: str, device: str) -> floa
 
 
 _PAYS = 0.97
-"""Of the time of one launch: what two kinds of calls must stay below."""
+"""Of the simpler choice's time (dense attention, one launch), what the other must stay below."""
 _GPU_BYTES_PER_MS = 3e9
 """Copies in device memory, on the slow side of the measured GPU (4.2e9): a split has to pay."""
 _BYTES_PER_MS = {"cpu": 4e6}
