@@ -1,7 +1,7 @@
 # Kernels are another language: their parameters have no Python types and constexprs are upper case.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
-# ruff: noqa: N803, N806, RET505
+# ruff: noqa: N803
 """The softmax of `gluon`'s kernel from one key tile to the next, and the output's rescaling.
 
 The weights are 2^(s - m), s in log2 units; sum and output are in units of 2^m. Any reference point
@@ -16,44 +16,36 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
+from .rescale_ptx import rescale_operands, rescale_text
 
-@gluon.constexpr_function
-def _rescale_text(numbers):
-    """PTX: multiplies a thread's ``numbers`` by their factors, unless all of these are 1.
-
-    Of four neighbours in an output tile two and two are of one row, and a thread has two rows: the
-    first and third factor stand for all. A factor that is not a number is not 1.
-    """
-    factors = [f"${2 * numbers + i}" for i in range(numbers)]
-    lines = [
-        "{ .reg .pred p, q;",
-        f"setp.neu.f32 p, {factors[0]}, 0f3F800000;",
-        f"setp.neu.f32 q, {factors[2]}, 0f3F800000;",
-        "or.pred p, p, q;",
-        "@!p bra DONE;",
-        *(f"mul.f32 ${i}, ${i}, {factors[i]};" for i in range(numbers)),
-        "DONE: }",
-    ]
-    return " ".join(lines)
-
-
-@gluon.constexpr_function
-def _rescale_operands(numbers):
-    """Constraints: ``numbers`` results, each in the register of its operand, then factors."""
-    return ",".join(["=f"] * numbers + [str(i) for i in range(numbers)] + ["f"] * numbers)
+# Of four neighbours in an output tile two and two are of one row, and a thread has two rows.
+_TEXT_8 = gl.constexpr(rescale_text(8, (0, 2)))
+_TEXT_16 = gl.constexpr(rescale_text(16, (0, 2)))
+_TEXT_32 = gl.constexpr(rescale_text(32, (0, 2)))
+_OPERANDS_8 = gl.constexpr(rescale_operands(8))
+_OPERANDS_16 = gl.constexpr(rescale_operands(16))
+_OPERANDS_32 = gl.constexpr(rescale_operands(32))
 
 
 @gluon.jit
 def _scaled(o, alpha, D: gl.constexpr, RESCALE: gl.constexpr):
-    """Output [64, D] times alpha [64], which is in the layout of its rows."""
-    if RESCALE == "lazy":
-        NUMBERS: gl.constexpr = 32 if D >= 64 else D // 2  # a thread has D / 2
-        return gl.inline_asm_elementwise(
-            _rescale_text(NUMBERS), _rescale_operands(NUMBERS), [o, alpha[:, None]],
-            dtype=gl.float32, is_pure=True, pack=NUMBERS,
-        )  # fmt: skip
+    """Output [64, D] times alpha [64], which is in the layout of its rows; a thread has D / 2."""
+    factors = alpha[:, None]
+    if RESCALE != "lazy":
+        o = o * factors
+    elif D >= 64:
+        o = gl.inline_asm_elementwise(
+            _TEXT_32, _OPERANDS_32, [o, factors], dtype=gl.float32, is_pure=True, pack=32
+        )
+    elif D == 32:
+        o = gl.inline_asm_elementwise(
+            _TEXT_16, _OPERANDS_16, [o, factors], dtype=gl.float32, is_pure=True, pack=16
+        )
     else:
-        return o * alpha[:, None]
+        o = gl.inline_asm_elementwise(
+            _TEXT_8, _OPERANDS_8, [o, factors], dtype=gl.float32, is_pure=True, pack=8
+        )
+    return o
 
 
 @gluon.jit

@@ -16,36 +16,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rescale_ptx import rescale_operands, rescale_text
 from .triton_tiles import accumulate, inner, load_tile, tile_from
 
-
-def _scale_text(pack: int) -> str:
-    """PTX that multiplies ``pack`` numbers, $0 on, by as many factors unless all of them are 1.
-
-    Only a few factors differ, one for each row: the compiler keeps as many comparisons.
-    """
-    factors = [f"${2 * pack + i}" for i in range(pack)]
-    tests = [f"setp.neu.f32 p{i}, {factor}, 0f3F800000;" for i, factor in enumerate(factors)]
-    step = 1
-    while step < pack:
-        tests += [f"or.pred p{i}, p{i}, p{i + step};" for i in range(0, pack, 2 * step)]
-        step *= 2
-    products = [f"mul.f32 ${i}, ${i}, {factor};" for i, factor in enumerate(factors)]
-    lines = [f"{{ .reg .pred p<{pack}>;", *tests, "@!p0 bra DONE;", *products, "DONE: }"]
-    return " ".join(lines)
-
-
-def _scale_constraints(pack: int) -> str:
-    """Registers of `_scale_text`: results in the places of the numbers, then factors."""
-    return ",".join(["=f"] * pack + [str(i) for i in range(pack)] + ["f"] * pack)
-
-
-_TEXT_8 = tl.constexpr(_scale_text(8))
-_TEXT_16 = tl.constexpr(_scale_text(16))
-_TEXT_32 = tl.constexpr(_scale_text(32))
-_REGISTERS_8 = tl.constexpr(_scale_constraints(8))
-_REGISTERS_16 = tl.constexpr(_scale_constraints(16))
-_REGISTERS_32 = tl.constexpr(_scale_constraints(32))
+# All factors are tested: which ones differ is the layout's. The compiler keeps one test a row.
+_TEXT_8 = tl.constexpr(rescale_text(8, range(8)))
+_TEXT_16 = tl.constexpr(rescale_text(16, range(16)))
+_TEXT_32 = tl.constexpr(rescale_text(32, range(32)))
+_REGISTERS_8 = tl.constexpr(rescale_operands(8))
+_REGISTERS_16 = tl.constexpr(rescale_operands(16))
+_REGISTERS_32 = tl.constexpr(rescale_operands(32))
 
 
 @triton.jit
