@@ -17,7 +17,8 @@ from ditopt.errors import CaptureError
 from ditopt.float_inputs import floats_as_tensors
 from ditopt.graph import fake_value, placeholders
 
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+_VIEWS = (torch.ops.aten.view.default, _UNSAFE_VIEW)
 _KEPT_META = ("val", "nn_module_stack", "stack_trace")
 
 
@@ -51,6 +52,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
             remedy="nothing to do: the graph is kept whole",
         )
     floats_as_tensors(canonical)
+    results = canonical.graph.output_node().all_input_nodes
     for node in list(canonical.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             # What `.to()` checked while tracing: the capture's guards hold it.
@@ -61,9 +63,22 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
             canonical.graph.erase_node(node)
             continue
+        if node.target is _UNSAFE_VIEW and node in results:
+            _keep_no_view(node)
         if node.target in _VIEWS:
             # A pass may then change the strides of what is viewed.
             node.target = torch.ops.aten.reshape.default
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     canonical.recompile()
     return canonical
+
+
+def _keep_no_view(node: fx.Node) -> None:
+    """A result that is no view stays none.
+
+    Where a model breaks into several graphs, Dynamo guards the next one on it.
+    """
+    with node.graph.inserting_after(node):
+        result = node.graph.call_function(_UNSAFE_VIEW, (node, node.args[1]))
+    result.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+    node.replace_all_uses_with(result, lambda user: user.op == "output")
