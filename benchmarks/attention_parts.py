@@ -3,7 +3,8 @@
 """The plain kernel's softmax without its products, and its products without the softmax.
 
 Both walk the kernel's lists in its tiles, warps and ring depth. No kernel of these tiles that does
-both is faster than the slower of the two alone: the bound of a head size, measured.
+both is faster than the slower of the two alone: the bound of a head size, measured, as long as no
+fewer of their programs fit a multiprocessor than of the kernel's.
 
 Softmax alone takes scores that cost nothing to make: the probabilities of the step before, in the
 registers where the products would have left them. It has the maximum, the exponentials, the sum,

@@ -73,6 +73,22 @@ def test_module_compile(tiny, x):
     assert record.programs < len(record.pieces) or len(record.pieces) == 2
 
 
+def test_a_result_that_is_no_view_stays_none():
+    """Dynamo guards the next graph of a model that breaks on whether it is handed a view."""
+
+    class Copied(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + 1).transpose(0, 1).reshape(-1)
+
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = Copied()(x)
+        result = torch.compile(Copied(), backend="ditopt_eager")(x)
+    assert torch.equal(result, expected)
+    assert expected._base is None
+    assert result._base is None
+
+
 def test_options_of_inductor_are_handed_on(tiny, x):
     with torch.no_grad():
         compiled = torch.compile(tiny, backend="ditopt", options={"inductor": {"no_such": 1}})
