@@ -23,7 +23,7 @@ from ditopt.profiling.cost_cache import attention_table
 from ditopt.profiling.loops import only_model
 from ditopt.profiling.schema import AttentionCost, Costs, Profile, SiteShape
 from ditopt.runtime import stats
-from ditopt.timing import always_compiled, time_interleaved, timed
+from ditopt.timing import always_compiled, time_interleaved, timed_in_loop
 
 if TYPE_CHECKING:
     from ditopt.progress import Progress
@@ -96,7 +96,7 @@ class LoopTimes:
 
     @property
     def seconds(self) -> float:
-        """The loop's time without compilation."""
+        """Time of the loop's calls without compilation; the sampler's own work is not in it."""
         return (self.full * self.full_ms + self.skipped * self.skip_ms) / 1e3
 
 
@@ -106,31 +106,37 @@ def timed_loop(workload: Workload, plan: Plan, seed: int) -> LoopTimes:
 
 
 def timed_loops(workload: Workload, plan: Plan, seeds: list[int]) -> list[LoopTimes]:
-    """Compile a workload's model with a plan and time every call of one loop per seed."""
+    """Compile a workload's model with a plan and time every call of one loop per seed.
+
+    The loops run as they would without a clock: nothing here waits for a CUDA device before the
+    last one is over (`timed_in_loop`).
+    """
     model = only_model(workload)
+    device = next(model.parameters()).device
     # Dynamo keeps a few compiled variants of one function and then falls back to eager for good.
     torch.compiler.reset()
     options: dict[str, Any] = {"plan": plan}
     compiled: Callable[..., Any] = torch.compile(model, backend="ditopt", options=options)
-    samples: dict[bool, list[float]] = {False: [], True: []}
+    clocks: dict[bool, list[Callable[[], float]]] = {False: [], True: []}
+    total = stats(model)["skipped_steps"]
+
+    def denoiser(*args: Any, **kwargs: Any) -> Any:
+        nonlocal total
+        output, elapsed_ms = timed_in_loop(lambda: compiled(*args, **kwargs), device)
+        # Read once per call: it takes the host as long as some launches, and no device.
+        before, total = total, stats(model)["skipped_steps"]
+        clocks[total > before].append(elapsed_ms)
+        return output
+
     loops = []
     for seed in seeds:
-        counts = {False: 0, True: 0}
-
-        def denoiser(*args: Any, _counts: dict[bool, int] = counts, **kwargs: Any) -> Any:
-            before = stats(model)["skipped_steps"]
-            output, elapsed_ms = timed(lambda: compiled(*args, **kwargs))
-            skipped = stats(model)["skipped_steps"] > before
-            samples[skipped].append(elapsed_ms)
-            _counts[skipped] += 1
-            return output
-
+        full, skipped = len(clocks[False]), len(clocks[True])
         result = workload.run(seed, dict.fromkeys(workload.models, denoiser))
-        loops.append((result, counts))
-    full_ms, skip_ms = (_median_after_first(samples[skipped]) for skipped in (False, True))
-    return [
-        LoopTimes(result, full_ms, skip_ms, counts[False], counts[True]) for result, counts in loops
-    ]
+        loops.append((result, len(clocks[False]) - full, len(clocks[True]) - skipped))
+    full_ms, skip_ms = (
+        _median_after_first([elapsed_ms() for elapsed_ms in clocks[kind]]) for kind in (False, True)
+    )
+    return [LoopTimes(result, full_ms, skip_ms, *counts) for result, *counts in loops]
 
 
 def _median_after_first(samples_ms: list[float]) -> float:

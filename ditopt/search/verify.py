@@ -37,7 +37,7 @@ class Measured:
 
     Attributes:
         psnr_db: against the dense result, to 0.01 dB, at most `EXACT_DB`.
-        seconds: time of the loop without compilation.
+        seconds: time of the loop's calls without compilation, see `LoopTimes`.
         ssim: against the dense result, to 1e-5; NaN where it is not known.
         result: what the loop returned, on the CPU; None where it is not at hand.
     """

@@ -57,7 +57,7 @@ class Doubling(nn.Module):
 
 
 def test_loops_are_timed_by_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made-up compiler and clock: skips take 1 ms, other calls 10 ms, the first of all 500."""
+    """Made-up compiler and clock: skips take 1 ms, others 10; the first of each compiles."""
     model = Doubling().eval()
     made = {"calls": 0, "skipped": 0}
 
@@ -72,12 +72,18 @@ def test_loops_are_timed_by_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> Non
 
         return run
 
-    def timed(run: Any) -> tuple[Any, float]:
+    def timed_in_loop(run: Any, device: torch.device) -> tuple[Any, Any]:
+        assert device == torch.device("cpu")
         call = made["calls"]
-        return run(), 500.0 if call == 0 else 1.0 if call % 2 else 10.0
+
+        def elapsed_ms() -> float:
+            assert made["calls"] == 12, "a clock was read before the last loop was over"
+            return 500.0 if call < 2 else 1.0 if call % 2 else 10.0
+
+        return run(), elapsed_ms
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(cost, "timed", timed)
+    monkeypatch.setattr(cost, "timed_in_loop", timed_in_loop)
     monkeypatch.setattr(cost, "stats", lambda _: {"skipped_steps": made["skipped"]})
 
     def sample(model: Any, seed: int) -> Tensor:
@@ -88,7 +94,8 @@ def test_loops_are_timed_by_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> Non
 
     first, second = timed_loops(Workload(model, sample), every_second_call(make_profile(6)), [0, 1])
     assert first.result.item() == second.result.item() == 64
-    assert (first.full, first.skipped, first.full_ms, first.skip_ms) == (3, 3, 10.0, 1.0)
+    for loop in (first, second):
+        assert (loop.full, loop.skipped, loop.full_ms, loop.skip_ms) == (3, 3, 10.0, 1.0)
     assert first.seconds == pytest.approx(0.033)
 
 

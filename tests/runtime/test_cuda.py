@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from ditopt.patterns import Band, Dense
 from ditopt.plan import Gate
+from ditopt.profiling.cost import timed_loops
 from ditopt.runtime import (
     CudaGraphs,
     InputRoles,
@@ -25,6 +27,7 @@ from ditopt.runtime.counters import _artifacts_of
 from ditopt.runtime.gate import Gate as RuntimeGate
 from ditopt.runtime.static_inputs import Hold
 from ditopt.torch_backend import compiled_graphs
+from ditopt.workload import Workload
 
 from .small_dit import CACHE, arguments, plan_for, sample, small_dit
 from .small_dit import TIMESTEPS as TIMESTEPS_DIT
@@ -91,6 +94,33 @@ def test_session_waits_only_in_the_first_two_calls() -> None:
             call(runtime, x, t, text)
     torch.cuda.set_sync_debug_mode("default")
     assert runtime.artifact.counters.skipped == 4
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_timed_loops_do_not_wait_for_the_device() -> None:
+    model = small_dit("cuda", torch.bfloat16, width=128)
+    given = arguments(model, size=(32, 32))
+    plan, ahead = plan_for(model, given), []
+
+    def loop(model: Any, seed: int) -> torch.Tensor:
+        """The sampler; it keeps the device busy for half a second after a second loop's call 1."""
+        calls = count()
+
+        def denoiser(**inputs: Any) -> Any:
+            if next(calls) == 2 and seed == 1:  # calls 0 and 1 of a session read the timestep
+                torch.cuda.set_sync_debug_mode("error")
+                torch.cuda._sleep(1_000_000_000)
+            return model(**inputs)
+
+        result = sample(denoiser, given)[-1]
+        ahead.append(not torch.cuda.current_stream().query())
+        torch.cuda.set_sync_debug_mode("default")
+        return result
+
+    first, second = timed_loops(Workload(model, loop), plan, [0, 1])
+    assert ahead[1]  # also of `torch.cuda.synchronize`, which the debug mode does not see
+    assert (first.full, first.skipped) == (second.full, second.skipped) == (3, 3)
+    assert 0 < second.skip_ms < second.full_ms < 50  # without the half second
 
 
 def test_stored_bytes_are_those_predicted() -> None:
