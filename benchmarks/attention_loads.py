@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ditopt.kernels.block_sparse_attention import hopper
 from ditopt.kernels.block_sparse_attention.gluon_produce import (
     _announced,
+    _key_tiles,
     _locate,
     _produce,
     _rings,
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 @gluon.jit
 def _drain(
-    tile_smem, bars, work, CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    tile_smem, bars, work, n_k, CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr,
+    BLOCK_K: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Gives every tile back as soon as it is there."""
     Q_RING: gl.constexpr = Q_STAGES if Q_STAGES > 0 else V_STAGES
@@ -46,7 +48,8 @@ def _drain(
             gl.thread_barrier()  # all four warps have read the tile's number
             mbarrier.arrive(q_empty.index(nth % Q_RING), count=CONSUMERS)
             vi += 1
-        for j in range(count):
+        tiles, _ = _key_tiles(ids, count, n_k, BLOCK_K, BLOCK_N)
+        for j in range(tiles):
             mbarrier.wait(k_full.index(ki % K_STAGES), (ki // K_STAGES) & 1)
             mbarrier.arrive(k_empty.index(ki % K_STAGES), count=CONSUMERS)
             mbarrier.wait(v_full.index(vi % V_STAGES), (vi // V_STAGES) & 1)
@@ -65,12 +68,15 @@ def _drain(
 def _loads(
     q_desc, k_desc, v_desc, counts_ptr, ids_ptr, scratch_ptr,
     stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
-    heads, tiles_per_head, tiles, width, programs,
-    CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    heads, tiles_per_head, tiles, width, programs, n_k,
+    CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr,
+    BLOCK_K: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     descs = (q_desc, q_desc, k_desc, k_desc, v_desc, v_desc)
-    smem, tile_smem, bars = _rings(descs, CONSUMERS, BLOCK_N, D, 0, K_STAGES, V_STAGES, Q_STAGES)
+    smem, tile_smem, bars = _rings(
+        descs, CONSUMERS, BLOCK_N, D, 0, K_STAGES, V_STAGES, Q_STAGES, False
+    )
     work = (
         counts_ptr, ids_ptr, scratch_ptr + 1, scratch_ptr,
         stride_cb, stride_ch, stride_ib, stride_ih, stride_iq,
@@ -80,10 +86,12 @@ def _loads(
     gl.warp_specialize(
         [
             (_drain, (
-                tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, K_STAGES, V_STAGES, Q_STAGES,
+                tile_smem, bars, work, n_k, CONSUMERS, TILES_PER_ROW, BLOCK_K, BLOCK_N,
+                K_STAGES, V_STAGES, Q_STAGES,
             )),
             (_produce, (
-                descs, smem, tile_smem, bars, work, CONSUMERS, TILES_PER_ROW, BLOCK_N, D, 0,
+                descs, smem, tile_smem, bars, work, n_k,
+                CONSUMERS, TILES_PER_ROW, BLOCK_K, BLOCK_N, D, 0,
                 K_STAGES, V_STAGES, Q_STAGES, AHEAD,
             )),
         ],
@@ -105,12 +113,13 @@ def loads(
     tiles = tiles_per_head * batch * heads
     programs = min(processors * config.programs_per_processor, tiles)
     limit = {"maxnreg": config.max_registers} if config.max_registers else {}
-    boxes = ((q, 64), (k, block_k), (v, block_k))
+    boxes = ((q, 64), (k, config.keys), (v, config.keys))
     _loads[(programs,)](
         *(hopper._boxes(x, rows, (d, 0))[0].checked() for x, rows in boxes),
         counts, ids, order_heads(counts), *counts.stride()[:2], *ids.stride()[:3],
-        heads, tiles_per_head, tiles, ids.shape[-1], programs,
-        CONSUMERS=consumers, TILES_PER_ROW=block_q // (64 * consumers), BLOCK_N=block_k, D=d,
+        heads, tiles_per_head, tiles, ids.shape[-1], programs, k.shape[2],
+        CONSUMERS=consumers, TILES_PER_ROW=block_q // (64 * consumers),
+        BLOCK_K=block_k, BLOCK_N=config.keys, D=d,
         K_STAGES=config.k_stages, V_STAGES=config.v_stages, Q_STAGES=config.q_stages,
         AHEAD=config.ahead, num_warps=4, **limit,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -42,10 +43,14 @@ def test_every_entry_fits_and_is_used(gpu: str) -> None:
                 config = hopper_config(gpu, consumers, block_k, d)
                 width = next(w for w in WIDTHS if w >= d)
                 rows = config.consumers * config.q_stages * 64
-                rows += block_k * (config.k_stages + config.v_stages)
+                rows += config.keys * (config.k_stages + config.v_stages)
                 asked = rows * width * 2 + 1024  # numbers of tiles, barriers, and what they fill
                 assert (asked + 1024) * config.programs_per_processor <= SHARED, config
                 assert min(config.k_stages, config.v_stages) >= 2, config
+                assert config.keys in (block_k, block_k // 2), config
+                # One warp loads, but registers are given away by warpgroups of 128 threads.
+                threads = 128 * (config.consumers + 1) * config.programs_per_processor
+                assert threads * (config.max_registers or 168) <= 65536, config
                 used.add(config)
     assert used == entries
 
@@ -56,13 +61,25 @@ def test_options_of_every_entry_are_ones_the_kernel_has(gpu: str) -> None:
         config = HopperConfig(**entry)
         assert config.rescale in ("soon", "late", "lazy")
         assert config.consumers == 2 or not config.pingpong
+        assert config.overlap or (config.rescale == "lazy" and not config.pingpong)
     for d in range(16, 129, 8):
-        config = hopper_config(gpu, 1, 64, d)
-        if config.q_stages == 0:  # a query tile must be as large as one of V, and of one part
-            assert config.q_registers
-            assert d <= 64 or d > 96
-        others = [hopper_config(gpu, *at, d) for at in ((1, 128), (2, 64), (2, 128))]
-        assert all(other.q_stages > 0 for other in others)
+        for block_k in (64, 128):
+            config = hopper_config(gpu, 1, block_k, d)
+            if config.q_stages == 0:  # a query tile must be as large as one of V, and of one part
+                assert config.q_registers
+                assert config.keys == 64
+                assert d <= 64 or d > 96
+            assert hopper_config(gpu, 2, block_k, d).q_stages > 0
+
+
+def test_registers_of_the_second_consumer_are_what_the_others_leave() -> None:
+    for gpu in GPUS:
+        for entry in TABLES[gpu]["hopper"]:
+            config = HopperConfig(**entry)
+            given = 3 * (config.max_registers or 168)
+            first = given - 24 - config.worker_registers  # a multiple of 8, like the others
+            assert config.worker_registers % 8 == 0
+            assert config.worker_registers <= first <= config.worker_registers + 8
 
 
 def test_widths_are_the_launcher_s() -> None:
@@ -71,6 +88,16 @@ def test_widths_are_the_launcher_s() -> None:
 
     for d in range(16, 129, 8):
         assert sum(split_head_size(d)) == next(w for w in WIDTHS if w >= d)
+
+
+def shared_memory_of_barriers_and_of_others(ptx: str) -> tuple[set[int], set[int]]:
+    """Constant addresses that barriers are made at, and those that are stored to or loaded from."""
+    at = {name: int(start) for name, start in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
+    names = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)
+    plain = r"(?:st|ld)\.shared\.\w+\s+(?:%r\d+, )?\[\s*"
+    others = {at[name] for name in re.findall(plain + r"(%r\d+)", ptx) if name in at}
+    others |= {int(start) for start in re.findall(plain + r"global_smem\+(\d+)", ptx)}
+    return {at.get(name, 0) for name in names}, others
 
 
 def of(build_case: Build, case: tuple[int, int, int], dtype: torch.dtype) -> Any:
@@ -90,7 +117,12 @@ def check(case: Any) -> None:
     assert truth.holds(out)
     assert true_lse.holds(lse)
     assert truth.holds(hopper.forward(*args)[0])  # another program, which leaves the LSE out
-    assert all(program.n_spills == 0 for program in hopper._launch._programs.values())
+    for program in hopper._launch._programs.values():
+        assert program.n_spills == 0
+        barriers, others = shared_memory_of_barriers_and_of_others(program.asm["ptx"])
+        assert len(barriers) >= 8
+        assert len(others) >= 2  # a tile's number, and the next one's as the counter gave it
+        assert not barriers & others
 
 
 @pytest.mark.gpu
@@ -100,6 +132,18 @@ def test_every_entry_is_within_the_bound(
     blocks: tuple[int, int, int], dtype: torch.dtype, build_case: Build
 ) -> None:
     check(of(build_case, blocks, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("n_k", [1409, 1472, 1473, 1500, 1536])  # of the last 128: 1, 64, 65, ...
+@pytest.mark.parametrize("blocks", [case for case in CASES if case[1] == 128])
+def test_last_entries_may_have_any_length(
+    blocks: tuple[int, int, int], n_k: int, build_case: Build
+) -> None:
+    """Half of it may have no key at all, and there are rows with no entry but the last block."""
+    block_q, block_k, d = blocks
+    check(build_case((1, 3, 333, n_k, d, block_q, block_k), dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu
@@ -161,3 +205,19 @@ def test_lists_without_room_are_empty(blocks: tuple[int, int, int], build_case: 
         out, lse = hopper.forward(*case.to("cuda").args[:8], return_lse=True)
         assert not out.any()
         assert bool((lse == -math.inf).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("blocks", CASES)
+def test_every_launch_writes_every_tile(blocks: tuple[int, int, int], build_case: Build) -> None:
+    """And the same bits. Many programs, and more tiles than programs, 50 times."""
+    from ditopt.kernels.block_sparse_attention import hopper
+
+    block_q, block_k, d = blocks
+    case = build_case((1, 12, 4096, 1500, d, block_q, block_k), dtype=torch.bfloat16).to("cuda")
+    out = hopper.forward(*case.args[:8])[0]
+    assert not out.isnan().any()
+    for _ in range(50):
+        torch.full_like(out, math.nan)  # whose memory is the next output's
+        assert torch.equal(hopper.forward(*case.args[:8])[0], out)

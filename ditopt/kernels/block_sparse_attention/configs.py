@@ -22,12 +22,24 @@ class HopperConfig:
     k_stages: int
     v_stages: int
     q_stages: int
+    block_n: int | None = None
     ahead: bool = False
+    overlap: bool = True
     pingpong: bool = False
     q_registers: bool = False
     rescale: Literal["soon", "late", "lazy"] = "soon"
     programs_per_processor: int = 1
     max_registers: int | None = None
+
+    @property
+    def keys(self) -> int:
+        """Keys of a tile: the whole entry of a list unless ``block_n`` says less."""
+        return self.block_n or self.block_k
+
+    @property
+    def worker_registers(self) -> int:
+        """What is left for each thread of the second consumer once the producer has its 24."""
+        return (3 * (self.max_registers or 168) - 24) // 2 // 8 * 8
 
 
 @dataclass(frozen=True)
@@ -73,11 +85,19 @@ def hopper_config(gpu: str, consumers: int, block_k: int, channels: int) -> Hopp
 
 
 @lru_cache
-def plain_config(gpu: str, block_q: int, block_k: int, channels: int) -> PlainConfig:
-    """Tiles of one launch of the plain kernel, no larger than the blocks of the lists."""
+def plain_config(
+    gpu: str, block_q: int, block_k: int, channels: int, *, options: bool = False
+) -> PlainConfig:
+    """Tiles of one launch of the plain kernel, no larger than the blocks of the lists.
+
+    Options take registers, so that fewer programs fit a multiprocessor: such launches may differ.
+    """
     rows = 128 if block_q >= 128 else 64
     wanted = [e for e in _entries(gpu, "plain") if e["block_q"] == rows]
     entry = dict(_smallest(wanted, channels))
     del entry["block_q"], entry["channels"]
+    changes = entry.pop("with_options", {})
+    if options:
+        entry |= changes
     entry |= {"block_m": min(entry["block_m"], block_q), "block_n": min(entry["block_n"], block_k)}
     return PlainConfig(**entry)

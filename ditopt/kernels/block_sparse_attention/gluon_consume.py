@@ -4,12 +4,14 @@
 # ruff: noqa: N803, N806
 """The arithmetic of `gluon`'s kernel: one warpgroup's 64 query rows against their lists.
 
-The softmax of one key tile overlaps the products around it: q k^T of the next tile and p v of the
-last one are started before it and waited for behind it (FlashAttention-3, arXiv 2407.08608, section
-3.2). With PINGPONG two warpgroups take turns at starting products (section 3.1), so that one's
-softmax runs under the other's products. With Q_REGISTERS q k^T reads the query tile from registers
-instead of shared memory. RESCALE says where the output so far is multiplied: "soon", right behind
-p v; "late", behind the start of the next q k^T; "lazy", there too, and seldom (`gluon_softmax`).
+With OVERLAP the softmax of one key tile runs under the products around it: q k^T of the next tile
+and p v of the last one are started before it and waited for behind it (FlashAttention-3, arXiv
+2407.08608, section 3.2). Without it products and softmax take turns, which spares the registers of
+a second tile of p: two programs of two warpgroups fit a multiprocessor, and overlap each other.
+With PINGPONG two warpgroups take turns at starting products (section 3.1), so that one's softmax
+runs under the other's products. With Q_REGISTERS q k^T reads the query tile from registers instead
+of shared memory. RESCALE says where the output so far is multiplied: "soon", right behind p v;
+"late", behind the start of the next q k^T; "lazy", there too, and seldom (`gluon_softmax`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_produce import _announced, _locate
+from .gluon_produce import _announced, _key_tiles, _locate
 from .gluon_softmax import _first_softmax, _rescale, _softmax
 
 
@@ -62,9 +64,10 @@ def _finish(o1, o2, D2: gl.constexpr):
 @gluon.jit
 def _consume(
     descs, smem, tile_smem, bars, work, lse_ptr, n_q, n_k, qk_scale,
-    CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
-    D1: gl.constexpr, D2: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, PINGPONG: gl.constexpr, Q_REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr,
+    BLOCK_K: gl.constexpr, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr, PINGPONG: gl.constexpr, Q_REGISTERS: gl.constexpr,
     RESCALE: gl.constexpr, HAS_LSE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``PART``: 64 rows of each tile, until there is none."""
@@ -112,7 +115,7 @@ def _consume(
         alpha = gl.full([64], 1.0, gl.float32, rows)
         zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
         if count > 0:
-            start = gl.load(ids + count - 1) * BLOCK_N
+            tiles, start = _key_tiles(ids, count, n_k, BLOCK_K, BLOCK_N)
             mbarrier.wait(k_full.index(ki % K_STAGES), (ki // K_STAGES) & 1)
             s = _scores(qa, qb, smem, ki % K_STAGES, zero, BLOCK_N, D1, D2)
             s = warpgroup_mma_wait(0, (s,))
@@ -122,35 +125,45 @@ def _consume(
             p32, m, norm = _first_softmax(s, qk_scale)
             p = gl.convert_layout(p32.to(dtype), p_layout)
             ki += 1
-            mbarrier.wait(k_full.index(ki % K_STAGES), (ki // K_STAGES) & 1, count > 1)
-            for j in range(1, count):
+            mbarrier.wait(k_full.index(ki % K_STAGES), (ki // K_STAGES) & 1, tiles > 1)
+            for j in range(1, tiles):
                 k_slot = ki % K_STAGES
                 v_slot = vi % V_STAGES
+                if not OVERLAP:
+                    # In turn: p v is done before its registers are those of the next scores.
+                    o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D1, D2, RESCALE)
+                    mbarrier.wait(v_full.index(v_slot), (vi // V_STAGES) & 1)
+                    o1, o2 = _values(p, smem, v_slot, o1, o2, BLOCK_N, D1, D2)
+                    o1, o2 = _finish(o1, o2, D2)
+                    mbarrier.arrive(v_empty.index(v_slot), count=1)
                 if PINGPONG:
                     mbarrier.wait(turn.index(PART), turns & 1)
                     turns += 1
                 s = _scores(qa, qb, smem, k_slot, zero, BLOCK_N, D1, D2)
-                if RESCALE != "soon":
-                    o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D1, D2, RESCALE)
-                mbarrier.wait(v_full.index(v_slot), (vi // V_STAGES) & 1)
-                o1, o2 = _values(p, smem, v_slot, o1, o2, BLOCK_N, D1, D2)
+                if OVERLAP:
+                    if RESCALE != "soon":
+                        o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D1, D2, RESCALE)
+                    mbarrier.wait(v_full.index(v_slot), (vi // V_STAGES) & 1)
+                    o1, o2 = _values(p, smem, v_slot, o1, o2, BLOCK_N, D1, D2)
                 if PINGPONG:
                     mbarrier.arrive(turn.index(1 - PART), count=1)
-                s = warpgroup_mma_wait(2 if D2 > 0 else 1, (s,))
+                # The products with V may run on.
+                s = warpgroup_mma_wait((2 if D2 > 0 else 1) if OVERLAP else 0, (s,))
                 mbarrier.arrive(k_empty.index(k_slot), count=1)
                 p32, m, norm, alpha = _softmax(s, m, norm, qk_scale, RESCALE)
                 p_next = gl.convert_layout(p32.to(dtype), p_layout)
                 # NOTE: without a wait on a barrier here, ptxas (triton 3.6.0) moves the next wait,
                 # the one for the products with V, above the softmax, and nothing overlaps.
                 ki += 1
-                mbarrier.wait(k_full.index(ki % K_STAGES), (ki // K_STAGES) & 1, j + 1 < count)
-                o1, o2 = _finish(o1, o2, D2)
-                mbarrier.arrive(v_empty.index(v_slot), count=1)
+                mbarrier.wait(k_full.index(ki % K_STAGES), (ki // K_STAGES) & 1, j + 1 < tiles)
+                if OVERLAP:
+                    o1, o2 = _finish(o1, o2, D2)
+                    mbarrier.arrive(v_empty.index(v_slot), count=1)
                 p = p_next
-                if RESCALE == "soon":
+                if OVERLAP and RESCALE == "soon":
                     o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D1, D2, RESCALE)
                 vi += 1
-            if RESCALE != "soon":
+            if RESCALE != "soon" or not OVERLAP:
                 o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D1, D2, RESCALE)
             mbarrier.wait(v_full.index(vi % V_STAGES), (vi // V_STAGES) & 1)
             o1, o2 = _values(p, smem, vi % V_STAGES, o1, o2, BLOCK_N, D1, D2)

@@ -4,6 +4,8 @@
 # ruff: noqa: N803, N806
 """The loads of `gluon`'s kernel: rings of tiles in shared memory and the warp that fills them.
 
+A list is walked from its end, its entries of BLOCK_K keys in tiles of BLOCK_N (`_key_tiles`).
+
 A ring is a row of slots with two mbarriers a slot: full (its bytes have arrived) and empty (every
 consumer is done with it). Queries, K and V have one each; with Q_STAGES = 0 the query tile goes
 through V's ring, which then lends its slots to queries, V and the staged output in turn. The number
@@ -20,9 +22,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # What producer and consumers share. `descs` and `smem`: q, k, v (and in `descs` the output), each
-# for both channel ranges. `bars`: q full, q empty, k full, k empty, v full, v empty, turn. `work`:
-# counts, ids, order and counter pointers; strides of counts (b, h) and ids (b, h, q); heads, tiles
-# of a head, tiles in all, width of the lists, programs.
+# for both channel ranges. `bars`: q full, q empty, k full, k empty, v full, v empty, and with
+# PINGPONG turn. `work`: counts, ids, order and counter pointers; strides of counts (b, h) and ids
+# (b, h, q); heads, tiles of a head, tiles in all, width of the lists, programs.
 
 
 @gluon.jit
@@ -42,6 +44,7 @@ def _barriers(slots: gl.constexpr, count: gl.constexpr):
 def _rings(
     descs, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """`smem`, the numbers of tiles, and `bars`, all empty."""
     k1 = _ring(descs[2], K_STAGES, BLOCK_N, D1)
@@ -65,12 +68,19 @@ def _rings(
         q2 = q1
         k2 = k1
         v2 = v1
+    # NOTE: no barrier that nobody uses. Its memory would be free for other things (triton 3.6.0 put
+    # the atomic's result there) while to the hardware it stays a barrier: now and then, and often
+    # after another process had its turn on the GPU, 0x1FFFFE was read instead of the next tile's
+    # number, and that tile was lost.
+    turn = q_full
+    if PINGPONG:
+        turn = _barriers(2, 1)
     note: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     NOTES: gl.constexpr = Q_STAGES if Q_STAGES > 0 else V_STAGES
     tile_smem = gl.allocate_shared_memory(gl.int32, [NOTES, 1], note)
     bars = (
         q_full, q_empty, _barriers(K_STAGES, 1), _barriers(K_STAGES, CONSUMERS),
-        v_full, v_empty, _barriers(2, 1),
+        v_full, v_empty, turn,
     )  # fmt: skip
     return (q1, q2, k1, k2, v1, v2), tile_smem, bars
 
@@ -89,6 +99,31 @@ def _locate(work, tile, TILES_PER_ROW: gl.constexpr):
     count = gl.minimum(gl.maximum(count, 0), work[12])
     ids = work[1] + b.to(gl.int64) * work[6] + h.to(gl.int64) * work[7] + row.to(gl.int64) * work[8]
     return b, h, block, count, ids
+
+
+@gluon.jit
+def _key_tiles(ids, count, n_k, BLOCK_K: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(key tiles of a list, where the one that goes first begins).
+
+    An entry is one tile or two. Of the last entry a second tile without keys is left out, so that
+    only the tile that goes first can be ragged. The list must have room for an entry.
+    """
+    tiles = count
+    first = gl.load(ids + gl.maximum(count - 1, 0)) * BLOCK_K
+    if BLOCK_N < BLOCK_K:
+        gl.static_assert(2 * BLOCK_N == BLOCK_K, "an entry is one tile or two")
+        second = (first >= 0) & (first + BLOCK_N < n_k)
+        tiles = 2 * count - gl.where(second | (count == 0), 0, 1)
+        first += gl.where(second, BLOCK_N, 0)
+    return tiles, first
+
+
+@gluon.jit
+def _first_key(ids, tile, BLOCK_K: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Where key tile ``tile`` of a list begins; where the list does for tiles before it."""
+    tile = gl.maximum(tile, 0)
+    PARTS: gl.constexpr = BLOCK_K // BLOCK_N
+    return gl.load(ids + tile // PARTS) * BLOCK_K + (tile % PARTS) * BLOCK_N
 
 
 @gluon.jit
@@ -134,10 +169,10 @@ def _push(
 
 @gluon.jit
 def _produce(
-    descs, smem, tile_smem, bars, work,
-    CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr, BLOCK_N: gl.constexpr,
-    D1: gl.constexpr, D2: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    descs, smem, tile_smem, bars, work, n_k,
+    CONSUMERS: gl.constexpr, TILES_PER_ROW: gl.constexpr,
+    BLOCK_K: gl.constexpr, BLOCK_N: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: tiles from the counter, their queries, then their lists' K and V."""
     Q_RING: gl.constexpr = Q_STAGES if Q_STAGES > 0 else V_STAGES
@@ -158,27 +193,22 @@ def _produce(
         if Q_STAGES == 0:
             vi += 1
         tile = following
-        if AHEAD:
-            # Read even where the list is empty: `hopper` gives every list room for one entry.
-            start = gl.load(ids + gl.maximum(count - 1, 0)) * BLOCK_N
-            if count > 0:
+        # Read even where the list is empty: `hopper` gives every list room for one entry.
+        key_tiles, start = _key_tiles(ids, count, n_k, BLOCK_K, BLOCK_N)
+        if AHEAD and key_tiles > 0:
+            _push(descs, smem, bars, ki, b, h, start, 2, K_STAGES, BLOCK_N, D1, D2)
+            ki += 1
+        for j in range(key_tiles):
+            after = _first_key(ids, key_tiles - 2 - j, BLOCK_K, BLOCK_N)
+            if not AHEAD:
                 _push(descs, smem, bars, ki, b, h, start, 2, K_STAGES, BLOCK_N, D1, D2)
                 ki += 1
-            for j in range(count):
-                after = gl.load(ids + gl.maximum(count - 2 - j, 0)) * BLOCK_N
-                if j + 1 < count:
-                    _push(descs, smem, bars, ki, b, h, after, 2, K_STAGES, BLOCK_N, D1, D2)
-                    ki += 1
-                _push(descs, smem, bars, vi, b, h, start, 4, V_STAGES, BLOCK_N, D1, D2)
-                vi += 1
-                start = after
-        else:
-            for j in range(count):
-                start = gl.load(ids + (count - 1 - j)) * BLOCK_N
-                _push(descs, smem, bars, ki, b, h, start, 2, K_STAGES, BLOCK_N, D1, D2)
-                _push(descs, smem, bars, vi, b, h, start, 4, V_STAGES, BLOCK_N, D1, D2)
+            elif j + 1 < key_tiles:
+                _push(descs, smem, bars, ki, b, h, after, 2, K_STAGES, BLOCK_N, D1, D2)
                 ki += 1
-                vi += 1
+            _push(descs, smem, bars, vi, b, h, start, 4, V_STAGES, BLOCK_N, D1, D2)
+            vi += 1
+            start = after
         if Q_STAGES == 0:
             nth = vi
         else:

@@ -102,13 +102,14 @@ def forward(
     programs = min(processors * config.programs_per_processor, tiles_per_head * batch * heads)
     limit = {"maxnreg": config.max_registers} if config.max_registers else {}
     constants = (
-        *(consumers, block_q // (64 * consumers), block_k, *tiles),
-        *(config.k_stages, config.v_stages, config.q_stages, config.ahead),
+        *(consumers, block_q // (64 * consumers), block_k, config.keys, *tiles),
+        *(config.k_stages, config.v_stages, config.q_stages, config.ahead, config.overlap),
         *(config.pingpong, config.q_registers, config.rescale, return_lse),
+        config.worker_registers,
     )
     arguments = (
-        *_boxes(q, 64, tiles), *_boxes(k, block_k, tiles),
-        *_boxes(v, block_k, tiles), *_boxes(out, 64, tiles),
+        *_boxes(q, 64, tiles), *_boxes(k, config.keys, tiles),
+        *_boxes(v, config.keys, tiles), *_boxes(out, 64, tiles),
         counts, ids, scratch, scratch if lse is None else lse,
         *counts.stride()[:2], *ids.stride()[:3],
         heads, tiles_per_head, tiles_per_head * batch * heads, width, programs,
