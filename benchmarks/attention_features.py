@@ -5,10 +5,11 @@
 Gate: before its time is printed, each result of one head is compared with the fp64 reference and
 must be within twice the error of the bf16 reference. Options are compared with the same kernel on
 the same lists without them; means are timed apart. Backward is compared with cuDNN's dense one:
-efficiency = its time / ours x density. Head sizes have their bound, measured in the same run: the
-slower of the kernel's softmax alone and its products alone (`attention_parts`), and the share of it
-that the kernel reaches. Medians and 20th to 80th percentiles of CUDA events, bf16. A run for some
-parts replaces only their rows in the output.
+efficiency = its time / ours x density. Head sizes stand beside those of the Gluon kernel and of
+cuDNN's and FlashAttention-2's dense ones, and have their bound, measured in the same run: the
+slower of the plain kernel's softmax alone and its products alone (`attention_parts`), and the share
+of it that the kernel reaches. Medians and 20th to 80th percentiles of CUDA events, bf16. A run for
+some parts replaces only their rows in the output.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.attention import random_lists, relative_error, time_ms
-from ditopt.kernels.block_sparse_attention import lists, ops_lse, pooling, reference
+from benchmarks.attention import dense, random_lists, relative_error, time_ms
+from ditopt.kernels.block_sparse_attention import hopper, lists, ops_lse, pooling, reference
 from ditopt.kernels.block_sparse_attention import triton as kernel
 from ditopt.kernels.block_sparse_attention import triton_backward as backward
 from ditopt.kernels.block_sparse_attention.triton_lists import transpose
@@ -164,25 +165,39 @@ def gradients(name: str, heads: int, n: int, d: int) -> list[Row]:
 
 
 def head_sizes() -> list[Row]:
-    """The plain kernel at density 0.25, as a factor over D = 128, and its share of the bound."""
+    """Kernels at density 0.25 and dense ones by head size, as factors over their own D = 128.
+
+    For plain Triton with its share of the bound, for Gluon with the efficiency against cuDNN.
+    """
     from attention_parts import run
 
     rows: list[Row] = []
+
+    def add(kind: str, d: int, density: float, call: Callable[[], object]) -> Row:
+        row: Row = {"shape": f"12x32768x{d}", "option": kind, "density": density, **time_ms(call)}
+        whole = next((r["ms"] for r in rows if r["option"] == kind), row["ms"])
+        rows.append(row | {"over_128": row["ms"] / whole})
+        return rows[-1]
+
     for d in (128, 112, 96, 80, 72, 64, 32):
         q, k, v = operands(12, 32768, d)
         counts, ids = random_lists([0.25] * 12, 32768, BLOCK, BLOCK)
         args = (q, k, v, counts, ids, BLOCK, BLOCK, d**-0.5)
-        call = partial(kernel.forward, *args)
-        error = gate(f"head size {d}", call()[0], (*args, None, None, None, None))
-        row = {"shape": f"12x32768x{d}", "option": "head size", "density": 0.25, "error": error}
-        row |= time_ms(call)
-        rows.append(row | {"over_128": row["ms"] / (rows[0] if rows else row)["ms"]})
-        rows[-1]["allowed"] = 1.15 * math.ceil(d / 16) * 16 / 128
+        cudnn = add(
+            "head size, cuDNN dense", d, 1.0, partial(dense, SDPBackend.CUDNN_ATTENTION, q, k, v)
+        )
+        flash = partial(dense, SDPBackend.FLASH_ATTENTION, q, k, v)
+        add("head size, FlashAttention-2 dense", d, 1.0, flash)
+        for kind, forward in (("head size, Gluon", hopper.forward), ("head size", kernel.forward)):
+            call = partial(forward, *args)
+            error = gate(f"{kind} {d}", call()[0], (*args, None, None, None, None))
+            row = add(kind, d, 0.25, call)
+            row |= {"error": error, "efficiency": cudnn["ms"] / row["ms"] * 0.25}
         parts = (partial(run, q, k, v, counts, ids, BLOCK, softmax=x) for x in (True, False))
         softmax, products = (time_ms(part)["ms"] for part in parts)
-        rows[-1] |= {"softmax_ms": softmax, "products_ms": products}
-        rows[-1]["share_of_bound"] = max(softmax, products) / row["ms"]
-        print(line(rows[-1]), flush=True)
+        row |= {"allowed": 1.15 * math.ceil(d / 16) * 16 / 128, "softmax_ms": softmax}
+        row |= {"products_ms": products, "share_of_bound": max(softmax, products) / row["ms"]}
+        print("\n".join(map(line, rows[-4:])), flush=True)
     return rows
 
 
