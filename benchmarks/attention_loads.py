@@ -48,7 +48,7 @@ def _drain(
             gl.thread_barrier()  # all four warps have read the tile's number
             mbarrier.arrive(q_empty.index(nth % Q_RING), count=CONSUMERS)
             vi += 1
-        tiles, _ = _key_tiles(ids, count, n_k, BLOCK_K, BLOCK_N)
+        tiles, start = _key_tiles(ids, count, n_k, BLOCK_K, BLOCK_N)
         for j in range(tiles):
             mbarrier.wait(k_full.index(ki % K_STAGES), (ki // K_STAGES) & 1)
             mbarrier.arrive(k_empty.index(ki % K_STAGES), count=CONSUMERS)

@@ -22,7 +22,7 @@ from ditopt.profiling.arithmetics import ARITHMETICS, arithmetic_runs
 from ditopt.profiling.cost_cache import attention_table
 from ditopt.profiling.loops import only_model
 from ditopt.profiling.schema import AttentionCost, Costs, Profile, SiteShape
-from ditopt.runtime import stats
+from ditopt.runtime import Skips
 from ditopt.timing import always_compiled, time_interleaved, timed_in_loop
 
 if TYPE_CHECKING:
@@ -118,14 +118,11 @@ def timed_loops(workload: Workload, plan: Plan, seeds: list[int]) -> list[LoopTi
     options: dict[str, Any] = {"plan": plan}
     compiled: Callable[..., Any] = torch.compile(model, backend="ditopt", options=options)
     clocks: dict[bool, list[Callable[[], float]]] = {False: [], True: []}
-    total = stats(model)["skipped_steps"]
+    skips = Skips(model)
 
     def denoiser(*args: Any, **kwargs: Any) -> Any:
-        nonlocal total
         output, elapsed_ms = timed_in_loop(lambda: compiled(*args, **kwargs), device)
-        # Read once per call: it takes the host as long as some launches, and no device.
-        before, total = total, stats(model)["skipped_steps"]
-        clocks[total > before].append(elapsed_ms)
+        clocks[skips.any_since()].append(elapsed_ms)
         return output
 
     loops = []

@@ -1,6 +1,6 @@
 """The step runtime: sampling runs, schedules, forecasts, stored residuals, counters."""
 
-from ditopt.runtime.counters import Artifact, Counters, count, invalidate, stats
+from ditopt.runtime.counters import Artifact, Counters, Skips, count, invalidate, stats
 from ditopt.runtime.cuda_graphs import CudaGraphs
 from ditopt.runtime.doubts import Doubt
 from ditopt.runtime.forecast import forecast
@@ -22,6 +22,7 @@ __all__ = [
     "InputRoles",
     "Programs",
     "SessionError",
+    "Skips",
     "StepRuntime",
     "StepSchedule",
     "TrajectoryTracker",

@@ -153,6 +153,37 @@ def stats(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, Any]:
     }
 
 
+class Skips:
+    """Which completed calls of a model forecast its block stack, asked after every one of them.
+
+    `stats` looks for the model's artefacts each time, among all its parameters: a millisecond in
+    which a loop's launches fall behind. Here they are looked for again only after calls that those
+    already known did not count.
+
+    Args:
+        model: as for `stats`.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, nn.Module]) -> None:
+        self._model = model
+        self._found = _artifacts_of(model)
+        self._before = self._totals()
+
+    def _totals(self) -> tuple[int, int]:
+        counters = [artifact.counters for artifact in self._found]
+        with _lock:
+            return sum(c.calls for c in counters), sum(c.skipped for c in counters)
+
+    def any_since(self) -> bool:
+        """Whether a call was skipped since the last question."""
+        calls, skipped = self._before
+        self._before = self._totals()
+        if self._before[0] == calls:
+            self._found = _artifacts_of(self._model)
+            self._before = self._totals()
+        return self._before[1] > skipped
+
+
 def invalidate(model: nn.Module | Mapping[str, nn.Module]) -> None:
     """Declare that the model's weights changed: stored residuals and derived weights are dropped.
 

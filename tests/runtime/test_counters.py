@@ -4,9 +4,10 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
-from ditopt.runtime import Artifact, StepSchedule, count, invalidate, stats
+from ditopt.runtime import Artifact, Skips, StepSchedule, count, counters, invalidate, stats
 
 
 def test_stats_merges_what_shares_a_parameter() -> None:
@@ -30,6 +31,37 @@ def test_stats_merges_what_shares_a_parameter() -> None:
     assert stats(torch.compile(model)) == stats(model)
     both = stats({"high": model, "low": other})
     assert (both["calls"], both["compiled"], both["doubts"]) == (5, 3, {"restarted": 1})
+
+
+def test_skips_are_seen_call_by_call_in_artifacts_made_later_too() -> None:
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    first, foreign = Artifact([model.weight]), Artifact([other.weight])
+    first.counters.ran(skipped=True)  # before anybody asks
+    skips = Skips(model)
+    seen = []
+    for skipped in (False, True, True, False):
+        first.counters.ran(skipped=skipped)
+        foreign.counters.ran(skipped=not skipped)
+        seen.append(skips.any_since())
+    second = Artifact()
+    for skipped in (True, False, True):
+        if skipped:
+            second.own([model.bias])  # learnt by its first call
+        second.counters.ran(skipped=skipped)
+        seen.append(skips.any_since())
+    first.counters.ran(skipped=True)
+    seen.append(skips.any_since())
+    assert seen == [False, True, True, False, True, False, True, True]
+    assert not skips.any_since()
+
+
+def test_known_artifacts_are_not_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    artifact = Artifact([model.weight])
+    skips = Skips(model)
+    monkeypatch.setattr(counters, "_artifacts_of", pytest.fail)
+    artifact.counters.ran(skipped=True)
+    assert skips.any_since()
 
 
 def test_artifacts_vanish_with_their_callable() -> None:
