@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention import ops_8bit, reference, reference_8bit
 
+from .barriers import keep_their_memory
+
 NO_HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 SHAPES = [  # heads, n_q, n_k, head size, block_k
     (2, 200, 200, 64, 128),
@@ -163,6 +165,8 @@ def test_kernel_is_as_close_as_its_reference(
     assert relative_error(out, truth) <= 1.1 * own
     assert not out[0, 0, :128].any()
     assert torch.equal(hopper_8bit.forward(*args, values=values), out)
+    for program in hopper_8bit._launch._programs.values():
+        keep_their_memory(program)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,8 @@ import yaml
 
 from ditopt.kernels.block_sparse_attention import configs
 from ditopt.kernels.block_sparse_attention.configs import HopperConfig, hopper_config
+
+from .barriers import addresses, keep_their_memory
 
 Build = Callable[..., Any]
 WIDTHS = (32, 64, 80, 96, 128)  # channels in the tiles of `hopper.split_head_size`
@@ -90,14 +91,14 @@ def test_widths_are_the_launcher_s() -> None:
         assert sum(split_head_size(d)) == next(w for w in WIDTHS if w >= d)
 
 
-def shared_memory_of_barriers_and_of_others(ptx: str) -> tuple[set[int], set[int]]:
-    """Constant addresses that barriers are made at, and those that are stored to or loaded from."""
-    at = {name: int(start) for name, start in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
-    names = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)
-    plain = r"(?:st|ld)\.shared\.\w+\s+(?:%r\d+, )?\[\s*"
-    others = {at[name] for name in re.findall(plain + r"(%r\d+)", ptx) if name in at}
-    others |= {int(start) for start in re.findall(plain + r"global_smem\+(\d+)", ptx)}
-    return {at.get(name, 0) for name in names}, others
+@pytest.mark.parametrize("place", [4096, 4104])
+def test_other_things_in_a_barrier_s_memory_are_seen(place: int) -> None:
+    lines = [
+        "add.s32 \t%r1, %r9, 4096;\n\t@%p1 mbarrier.init.shared::cta.b64 [%r1], 1;",
+        f"add.s32 \t%r2, %r9, {place};\n\t@%p4 st.shared.b32 [ %r2 + 0 ], %r3;",
+        f"ld.shared.b32 \t%r4, [global_smem+{place}];\n\tst.shared.b32 \t[global_smem+8], %r5;",
+    ]
+    assert addresses("\n\t".join(lines)) == ({4096}, {8, place})
 
 
 def of(build_case: Build, case: tuple[int, int, int], dtype: torch.dtype) -> Any:
@@ -119,10 +120,7 @@ def check(case: Any) -> None:
     assert truth.holds(hopper.forward(*args)[0])  # another program, which leaves the LSE out
     for program in hopper._launch._programs.values():
         assert program.n_spills == 0
-        barriers, others = shared_memory_of_barriers_and_of_others(program.asm["ptx"])
-        assert len(barriers) >= 8
-        assert len(others) >= 2  # a tile's number, and the next one's as the counter gave it
-        assert not barriers & others
+        keep_their_memory(program)
 
 
 @pytest.mark.gpu
