@@ -71,7 +71,8 @@ def main() -> None:
     loops: list[dict[str, Any]] = []
     for path in options.plans:
         plan = Plan.load(path)
-        assert plan.cache is not None, path
+        if plan.cache is None or any(phase.attention or phase.linear for phase in plan.phases):
+            parser.error(f"{path}: a plan that caches and does nothing else is needed")
         full = len(plan.cache.full)
         skipped = plan.sampler.calls - full
         row: dict[str, Any] = {"plan": path.stem, "full": full, "skipped": skipped}

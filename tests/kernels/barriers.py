@@ -6,22 +6,32 @@ Memory of a barrier that is not used any more must not hold anything else: see `
 from __future__ import annotations
 
 import re
-from typing import Any
+
+BARRIER_BYTES = 8
+_ACCESS = re.compile(
+    r"(?:st|ld)\.shared(?:\.v(\d))?\.[bufs](\d+)\s+(?:%\w+, |\{[^}]*\}, )?"
+    r"\[\s*(%r\d+|global_smem)\s*(?:\+\s*(\d+))?\s*\]"
+)
 
 
-def addresses(ptx: str) -> tuple[set[int], set[int]]:
-    """Constant addresses that barriers are made at, and those that are stored to or loaded from."""
+def addresses(ptx: str) -> tuple[list[int], set[int]]:
+    """Where barriers are made, and every byte that is stored or loaded at a constant address."""
     at = {name: int(start) for name, start in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
+    at["global_smem"] = 0
     names = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)
-    plain = r"(?:st|ld)\.shared\.\w+\s+(?:%r\d+, )?\[\s*"
-    others = {at[name] for name in re.findall(plain + r"(%r\d+)", ptx) if name in at}
-    others |= {int(start) for start in re.findall(plain + r"global_smem\+(\d+)", ptx)}
-    return {at.get(name, 0) for name in names}, others
+    touched: set[int] = set()
+    for vector, bits, base, offset in _ACCESS.findall(ptx):
+        if base in at:
+            first = at[base] + int(offset or 0)
+            touched |= set(range(first, first + int(vector or 1) * int(bits) // 8))
+    return [at[name] for name in names], touched
 
 
-def keep_their_memory(program: Any) -> None:
-    """Fails where something else lies in a barrier's memory, or where none was found to compare."""
-    barriers, others = addresses(program.asm["ptx"])
-    assert len(barriers) >= 8
-    assert len(others) >= 2  # a tile's number, and the next one's as the counter gave it
-    assert not barriers & others
+def keep_their_memory(ptx: str, expected: int) -> None:
+    """Fails where other things lie in a barrier's memory, or where not all barriers were found."""
+    barriers, touched = addresses(ptx)
+    assert len(barriers) == expected
+    assert len(set(barriers)) == expected
+    assert len(touched) >= 8  # a tile's number, and the next one's as the counter gave it
+    for start in barriers:
+        assert not touched & set(range(start, start + BARRIER_BYTES)), start

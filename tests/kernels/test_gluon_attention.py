@@ -73,14 +73,15 @@ def test_options_of_every_entry_are_ones_the_kernel_has(gpu: str) -> None:
             assert hopper_config(gpu, 2, block_k, d).q_stages > 0
 
 
-def test_registers_of_the_second_consumer_are_what_the_others_leave() -> None:
-    for gpu in GPUS:
-        for entry in TABLES[gpu]["hopper"]:
-            config = HopperConfig(**entry)
-            given = 3 * (config.max_registers or 168)
-            first = given - 24 - config.worker_registers  # a multiple of 8, like the others
-            assert config.worker_registers % 8 == 0
-            assert config.worker_registers <= first <= config.worker_registers + 8
+@pytest.mark.parametrize(("launched", "first", "second"), [(None, 240, 240), (80, 112, 104)])
+def test_registers_of_consumers_are_what_the_producer_leaves(
+    launched: int | None, first: int, second: int
+) -> None:
+    """A program is launched with equal registers; a producer's 24 leave the rest, in eights."""
+    entry = {"consumers": 2, "block_k": 128, "channels": 64}
+    config = HopperConfig(**entry, k_stages=2, v_stages=2, q_stages=1, max_registers=launched)
+    assert config.worker_registers == second
+    assert first + second + 24 == 3 * (launched or 168)
 
 
 def test_widths_are_the_launcher_s() -> None:
@@ -91,14 +92,29 @@ def test_widths_are_the_launcher_s() -> None:
         assert sum(split_head_size(d)) == next(w for w in WIDTHS if w >= d)
 
 
-@pytest.mark.parametrize("place", [4096, 4104])
-def test_other_things_in_a_barrier_s_memory_are_seen(place: int) -> None:
-    lines = [
-        "add.s32 \t%r1, %r9, 4096;\n\t@%p1 mbarrier.init.shared::cta.b64 [%r1], 1;",
-        f"add.s32 \t%r2, %r9, {place};\n\t@%p4 st.shared.b32 [ %r2 + 0 ], %r3;",
-        f"ld.shared.b32 \t%r4, [global_smem+{place}];\n\tst.shared.b32 \t[global_smem+8], %r5;",
-    ]
-    assert addresses("\n\t".join(lines)) == ({4096}, {8, place})
+@pytest.mark.parametrize(
+    "access",
+    [
+        "@%p4 st.shared.b32 [ %r2 + {} ], %r3;",
+        "ld.shared.b32 \t%r4, [%r2+{}];",
+        "ld.shared.v2.b32 \t{{%r4, %r5}}, [%r2+{}];",
+        "st.shared.v4.b32 \t[global_smem+{}], {{%r4, %r5, %r6, %r7}};",
+    ],
+)
+def test_other_things_in_a_barrier_s_memory_are_seen(access: str) -> None:
+    made = "add.s32 \t%r1, %r9, 4096;\n\t@%p1 mbarrier.init.shared::cta.b64 [%r1], 1;\n\t"
+    made += "ld.shared.b64 \t%rd1, [global_smem+8];\n\tadd.s32 \t%r2, %r9, 4000;\n\t"
+    base = 0 if "global" in access else 4000
+    for start, fits in ((4080 - base, True), (4104 - base, True), (4100 - base, False)):
+        ptx = made + access.format(start)
+        assert addresses(ptx)[0] == [4096]
+        if fits:
+            keep_their_memory(ptx, 1)
+        else:
+            with pytest.raises(AssertionError, match="4096"):
+                keep_their_memory(ptx, 1)
+    with pytest.raises(AssertionError):
+        keep_their_memory(made, 2)
 
 
 def of(build_case: Build, case: tuple[int, int, int], dtype: torch.dtype) -> Any:
@@ -118,9 +134,10 @@ def check(case: Any) -> None:
     assert truth.holds(out)
     assert true_lse.holds(lse)
     assert truth.holds(hopper.forward(*args)[0])  # another program, which leaves the LSE out
-    for program in hopper._launch._programs.values():
+    for (_, _, constants), program in hopper._launch._programs.items():
         assert program.n_spills == 0
-        keep_their_memory(program)
+        k_stages, v_stages, q_stages, _, _, pingpong = constants[6:12]
+        keep_their_memory(program.asm["ptx"], 2 * (k_stages + v_stages + q_stages + pingpong))
 
 
 @pytest.mark.gpu
@@ -166,10 +183,11 @@ def test_maxima_may_keep_growing(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("wrong", [99, -1])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("blocks", CASES)
 def test_a_first_tile_without_keys_leaves_the_others(
-    blocks: tuple[int, int, int], sign: int, build_case: Build
+    blocks: tuple[int, int, int], sign: int, wrong: int, build_case: Build
 ) -> None:
     """A last id that does not exist masks the tile from which m comes; later scores are far off.
 
@@ -180,7 +198,7 @@ def test_a_first_tile_without_keys_leaves_the_others(
     case.q[..., 0] = sign * 12.0 / case.scale
     case.k[..., 0] = 1.0
     case.ids = torch.nn.functional.pad(case.ids, (0, 1))
-    case.ids.scatter_(-1, case.counts[..., None].long(), 99)
+    case.ids.scatter_(-1, case.counts[..., None].long(), wrong)
     truth, true_lse = case.truth()
     case.counts = case.counts + 1
     from ditopt.kernels.block_sparse_attention import hopper

@@ -90,7 +90,7 @@ def plain_config(
 ) -> PlainConfig:
     """Tiles of one launch of the plain kernel, no larger than the blocks of the lists.
 
-    Options take registers, so that fewer programs fit a multiprocessor: such launches may differ.
+    Options take registers, so that fewer programs fit a multiprocessor: their tiles may differ.
     """
     rows = 128 if block_q >= 128 else 64
     wanted = [e for e in _entries(gpu, "plain") if e["block_q"] == rows]

@@ -17,7 +17,7 @@ last entry of a list goes first: ids ascend, so it alone can be ragged and maske
 box to the tensor, so an id out of range reads nothing outside. Which options a launch has is in
 configs.yaml.
 
-Cost: 4 D FLOPs per kept (query, key) pair; 4 D BLOCK_N bytes, mostly from L2, per list entry.
+Cost: 4 D FLOPs per kept (query, key) pair; 4 D BLOCK_K bytes, mostly from L2, per list entry.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def _forward(
 ):  # fmt: skip
     descs = (q_desc, q2_desc, k_desc, k2_desc, v_desc, v2_desc, o_desc, o2_desc)
     gl.static_assert(Q_STAGES > 0 or Q_REGISTERS, "the slot of Q is V's before the tile is done")
+    gl.static_assert(OVERLAP or RESCALE == "lazy", "in turn there is one place to rescale at")
+    gl.static_assert(not PINGPONG or (OVERLAP and CONSUMERS == 2), "there is nobody to take turns")
     smem, tile_smem, bars = _rings(
         descs, CONSUMERS, BLOCK_N, D1, D2, K_STAGES, V_STAGES, Q_STAGES, PINGPONG
     )

@@ -11,7 +11,8 @@ a second tile of p: two programs of two warpgroups fit a multiprocessor, and ove
 With PINGPONG two warpgroups take turns at starting products (section 3.1), so that one's softmax
 runs under the other's products. With Q_REGISTERS q k^T reads the query tile from registers instead
 of shared memory. RESCALE says where the output so far is multiplied: "soon", right behind p v;
-"late", behind the start of the next q k^T; "lazy", there too, and seldom (`gluon_softmax`).
+"late", behind the start of the next q k^T; "lazy", there too (in turn: before p v), and seldom
+(`gluon_softmax`).
 """
 
 from __future__ import annotations
@@ -160,10 +161,10 @@ def _consume(
                     o1, o2 = _finish(o1, o2, D2)
                     mbarrier.arrive(v_empty.index(v_slot), count=1)
                 p = p_next
-                if OVERLAP and RESCALE == "soon":
+                if RESCALE == "soon":
                     o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D1, D2, RESCALE)
                 vi += 1
-            if RESCALE != "soon" or not OVERLAP:
+            if RESCALE != "soon":
                 o1, o2 = _rescale(o1, o2, alpha, rows1, rows2, D1, D2, RESCALE)
             mbarrier.wait(v_full.index(vi % V_STAGES), (vi // V_STAGES) & 1)
             o1, o2 = _values(p, smem, vi % V_STAGES, o1, o2, BLOCK_N, D1, D2)

@@ -72,7 +72,7 @@ def _rings(
     # the atomic's result there) while to the hardware it stays a barrier: now and then, and often
     # after another process had its turn on the GPU, 0x1FFFFE was read instead of the next tile's
     # number, and that tile was lost.
-    turn = q_full
+    turn = q_full  # stands for none
     if PINGPONG:
         turn = _barriers(2, 1)
     note: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -120,7 +120,7 @@ def _key_tiles(ids, count, n_k, BLOCK_K: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _first_key(ids, tile, BLOCK_K: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Where key tile ``tile`` of a list begins; where the list does for tiles before it."""
+    """Where key tile ``tile`` of a list begins; a tile before the first has the first's place."""
     tile = gl.maximum(tile, 0)
     PARTS: gl.constexpr = BLOCK_K // BLOCK_N
     return gl.load(ids + tile // PARTS) * BLOCK_K + (tile % PARTS) * BLOCK_N

@@ -51,6 +51,9 @@ def default_config(q: Tensor, block_q: int, block_k: int, plainly: bool) -> Plai
         config = replace(config, block_n=block_n, num_stages=num_stages)
     if block_q < 64:
         return replace(config, num_warps=block_q // 16)
+    # Options take registers; of 8 warps only one program would fit a multiprocessor.
+    if not plainly and config.block_n <= 64:
+        return replace(config, num_warps=4, lazy=False)
     return config
 
 
