@@ -95,31 +95,6 @@ def test_two_programs_of_lazy_entries_fit(n: int, d: int, build_case: Build) -> 
     assert compiled[0].n_spills == 0
 
 
-@pytest.mark.parametrize("d", [32, 64, 72, 80, 96, 112, 128])
-@pytest.mark.parametrize("block_k", [16, 32, 64, 128])
-@pytest.mark.parametrize("block_q", [16, 64, 128, 256])
-@pytest.mark.parametrize("options", [False, True])
-def test_tuned_tiles_can_be_launched(
-    options: bool, block_q: int, block_k: int, d: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ditopt.kernels.block_sparse_attention import triton
-
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    q = torch.zeros(1, 1, 128, d, dtype=torch.bfloat16)
-    config = triton.default_config(q, block_q, block_k, not options)
-    assert block_q % config.block_m == 0
-    assert config.block_n & (config.block_n - 1) == 0
-    assert block_k % config.block_n == 0 or block_k < 64
-    assert config.block_m // config.num_warps in (16, 32)  # rows of a warp's products
-    assert config.num_stages in range(3, 6)
-    # The queries, and K and V of two stages less: one loads ids, one computes (triton 3.6.0).
-    tile = 2 * sum(triton.split_head_size(d))
-    assert tile * (2 * config.block_n * (config.num_stages - 2) + config.block_m) <= 227 * 1024
-    if options:
-        assert not config.lazy
-        assert config.num_warps <= 4 or config.block_n > 64
-
-
 def test_float32_and_options_are_not_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     from ditopt.kernels.block_sparse_attention import triton
 

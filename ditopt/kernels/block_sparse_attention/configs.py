@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -88,16 +88,21 @@ def hopper_config(gpu: str, consumers: int, block_k: int, channels: int) -> Hopp
 def plain_config(
     gpu: str, block_q: int, block_k: int, channels: int, *, options: bool = False
 ) -> PlainConfig:
-    """Tiles of one launch of the plain kernel, no larger than the blocks of the lists.
-
-    Options take registers, so that fewer programs fit a multiprocessor: their tiles may differ.
-    """
+    """Tiles of one launch of the plain kernel, with or without options, for these lists' blocks."""
     rows = 128 if block_q >= 128 else 64
     wanted = [e for e in _entries(gpu, "plain") if e["block_q"] == rows]
     entry = dict(_smallest(wanted, channels))
     del entry["block_q"], entry["channels"]
     changes = entry.pop("with_options", {})
-    if options:
-        entry |= changes
-    entry |= {"block_m": min(entry["block_m"], block_q), "block_n": min(entry["block_n"], block_k)}
-    return PlainConfig(**entry)
+    config = PlainConfig(**entry | (changes if options else {}))
+    block_m, block_n = min(config.block_m, block_q), min(config.block_n, block_k)
+    config = replace(config, block_m=block_m, block_n=block_n)
+    if block_k < 64:  # several entries fill a tile
+        block_n, num_stages = 32 if block_q == 16 else 64, min(3, config.num_stages)
+        config = replace(config, block_n=block_n, num_stages=num_stages)
+    if block_q < 64:
+        return replace(config, num_warps=block_q // 16)
+    # Options take registers; of 8 warps only one program would fit a multiprocessor.
+    if options and config.block_n <= 64:
+        return replace(config, num_warps=4, lazy=False)
+    return config

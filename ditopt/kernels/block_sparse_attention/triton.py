@@ -21,7 +21,6 @@ Cost: 4 D FLOPs per kept (query, key) pair; K and V are read once per list entry
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,16 +44,7 @@ def default_config(q: Tensor, block_q: int, block_k: int, plainly: bool) -> Plai
     if q.dtype == torch.float32:
         return PlainConfig(min(block_q, 64), 32, 4, 2)
     name = torch.cuda.get_device_name(q.device)
-    config = plain_config(name, block_q, block_k, int(q.shape[-1]), options=not plainly)
-    if block_k < 64:  # several entries fill a tile
-        block_n, num_stages = 32 if block_q == 16 else 64, min(3, config.num_stages)
-        config = replace(config, block_n=block_n, num_stages=num_stages)
-    if block_q < 64:
-        return replace(config, num_warps=block_q // 16)
-    # Options take registers; of 8 warps only one program would fit a multiprocessor.
-    if not plainly and config.block_n <= 64:
-        return replace(config, num_warps=4, lazy=False)
-    return config
+    return plain_config(name, block_q, block_k, int(q.shape[-1]), options=not plainly)
 
 
 def forward(
