@@ -3,7 +3,7 @@
     python benchmarks/attention_repeated.py --output benchmarks/results/attention_repeated_h200.json
 
 Several processes on one GPU take turns at it: programs are stopped anywhere and go on later, which
-opens windows that a kernel alone meets seldom. Every output is compared with the first, bit by bit,
+opens windows that a kernel alone meets seldom. Every output must equal the first in every number,
 in memory that held NaN before: a tile that nobody wrote shows, too. 12 heads, 32,768 tokens, lists
 of density 0.05.
 """
